@@ -1,0 +1,148 @@
+"""The contract every method keeps, and the two things most of them share: an EMA teacher and clipping per tensor.
+
+A method is one module that owns its student, its teachers and its state. The training loop calls, in this order:
+
+    forward(batch, clock)      a dict with "loss" and every part worth plotting, still on the device
+    clip_gradients(clip)       as the original clips; returns the norms before clipping
+    after_backward(clock)      e.g. cancel the last layer's gradients in the first epochs
+    after_step(clock, gate)    EMA, centres, queues: whatever follows the optimiser. ``gate`` is 0 when the step was
+                               skipped on the device (loss or gradient not finite), None when it certainly was taken
+    discard_step()             forget what ``forward`` collected: the step was skipped before it was begun
+
+Adding a method: CONTRIBUTING.md.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from randomness import counted_uniforms
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where training stands, and this iteration's values of the schedules.
+
+    ``first_sample`` is the position of the batch's first image in the global batch of all processes and pieces: with
+    ``seed`` and ``iteration`` it keys the random draws, so that they do not depend on how a batch is divided.
+    """
+
+    epoch: int
+    iteration: int
+    lr: float = 0.0
+    weight_decay: float = 0.0
+    momentum: float = 1.0
+    seed: int = 0
+    first_sample: int = 0
+
+    def drop_path_draws(self, depth: int, crops: int, batch: int) -> np.ndarray:
+        """Uniform numbers for stochastic depth: (depth, 2 branches, crops * batch), crops-major like the features."""
+        block = np.arange(depth)[:, None, None, None]
+        branch = np.arange(2)[:, None, None]
+        crop = np.arange(crops)[:, None]
+        sample = self.first_sample + np.arange(batch)
+        return counted_uniforms(self.seed, self.iteration, block, branch, crop, sample).reshape(depth, 2, -1)
+
+
+class Method(nn.Module):
+    """See the module docstring. ``accumulates_exactly`` is False when pieces of a batch are not worth the whole."""
+
+    name: str
+
+    # ---- options and data -------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def add_arguments(parser: argparse._ArgumentGroup) -> None:
+        """The method's own options, with the names, defaults and ranges of the original."""
+        raise NotImplementedError
+
+    @staticmethod
+    def check_arguments(args: argparse.Namespace) -> None:
+        """Raise UsageError for values that cannot work, before anything is built."""
+
+    @staticmethod
+    def views(args: argparse.Namespace) -> Callable:
+        """A picklable transform: (image, key) -> dict of the tensors one image contributes (data/views.py)."""
+        raise NotImplementedError
+
+    @classmethod
+    def build(cls, args: argparse.Namespace) -> "Method":
+        """The method with its networks, from checked options."""
+        raise NotImplementedError
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: dict, clock: Clock) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def param_groups(self) -> list[dict]:
+        """Groups for the optimiser; ``lr_multiplier`` and ``wd_multiplier`` scale the schedules (default 1).
+
+        parity: biases and one-dimensional tensors are not decayed, everything else is, class token and positions too
+        (DINO utils.get_params_groups).
+        """
+        decayed, undecayed = [], []
+        for name, parameter in self.student.named_parameters():
+            if parameter.requires_grad:
+                (undecayed if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
+        return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0, "wd_multiplier": 0.0}]
+
+    def clip_gradients(self, clip: float) -> torch.Tensor:
+        return clip_per_tensor_([p.grad for p in self.student.parameters() if p.grad is not None], clip)
+
+    def after_backward(self, clock: Clock) -> None:
+        pass
+
+    def after_step(self, clock: Clock, gate: torch.Tensor | None) -> None:
+        pass
+
+    def discard_step(self) -> None:
+        pass
+
+    # ---- looking at it ----------------------------------------------------------------------------------------------
+
+    def health(self) -> dict[str, torch.Tensor]:
+        """Label-free signs of life from the latest forward pass (training/health.py says what they mean)."""
+        return {}
+
+    def checkpoint_parts(self) -> dict[str, nn.Module]:
+        """Top-level key in the checkpoint -> the module whose state it holds, in the original's layout."""
+        raise NotImplementedError
+
+    def evaluation_backbone(self) -> nn.Module:
+        """The network that evaluations look at: the teacher's backbone, or the student's where there is no EMA."""
+        raise NotImplementedError
+
+
+def clip_per_tensor_(grads: list[torch.Tensor], clip: float) -> torch.Tensor:
+    """Scale every gradient by min(1, clip / (norm + 1e-6)), in place; 0 leaves them. Returns the norms (tensors,).
+
+    parity: each tensor on its own, not the global norm (DINO utils.clip_gradients). No norm is read on the host.
+    """
+    norms = torch.stack(torch._foreach_norm(grads))
+    if clip:
+        factors = (clip / (norms + 1e-6)).clamp(max=1.0)
+        if norms.device.type == "cpu":  # reading is free here, and most tensors are not clipped
+            large = [i for i, factor in enumerate(factors.tolist()) if factor < 1.0]
+            grads, factors = [grads[i] for i in large], factors[large]
+        if grads:
+            torch._foreach_mul_(grads, list(factors.to(grads[0].dtype).unbind()))
+    return norms
+
+
+@torch.no_grad()
+def ema_update_(
+    teacher: Iterable[torch.Tensor], student: Iterable[torch.Tensor], momentum: float, gate: torch.Tensor | None
+) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, all tensors at once; a gate of 0 changes nothing."""
+    teacher, student = list(teacher), [tensor.detach() for tensor in student]
+    if gate is None:
+        torch._foreach_lerp_(teacher, student, 1.0 - momentum)
+    else:
+        share = (1.0 - momentum) * gate
+        torch._foreach_mul_(teacher, 1.0 - share)
+        torch._foreach_add_(teacher, torch._foreach_mul(student, share))

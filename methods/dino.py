@@ -1,0 +1,175 @@
+"""DINO: self-distillation with no labels (Caron et al., 2104.14294).
+
+A student sees all crops of an image, a teacher only the two global ones; the student's distribution over prototypes
+must match the teacher's on every other crop (algorithm 1). The teacher is the student's running average. Its logits
+are centred (eq. 4) and sharpened so that it collapses neither to one prototype nor to all of them.
+
+Quirks of the original that are kept, since published numbers stand on them: gradients are clipped tensor by tensor;
+class token, positions and the prototypes' norms are weight-decayed; the teacher stays in training mode (it matters for
+batch norm only).
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+
+from data.views import MultiCropViews
+from methods.base import Clock, Method, ema_update_
+from methods.centring import Centre
+from methods.distillation import cross_view_targets, prototype_cross_entropy, teacher_probabilities
+from methods.heads import DINOHead
+from methods.multicrop import MultiCropNetwork
+from models import build_backbone
+from utils import UsageError, bool_flag, warmup_scheduler
+
+
+class DINO(Method):
+    name = "dino"
+    teacher_views = 2
+
+    # ---- options and data -------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def add_arguments(parser: argparse._ArgumentGroup) -> None:
+        add = parser.add_argument
+        add("--out_dim", default=65536, type=int, help="prototypes; large values suit large data sets")
+        add(
+            "--norm_last_layer",
+            default=True,
+            type=bool_flag,
+            help="freeze the prototypes' norms at 1; false trains better, true is safer with ViT-B and small batches",
+        )
+        add(
+            "--momentum_teacher",
+            default=0.996,
+            type=float,
+            help="first value of the teacher's EMA momentum, rising to 1; higher for small batches (0.9995 at 256 images)",
+        )
+        add("--use_bn_in_head", default=False, type=bool_flag, help="batch norm in the head; ResNets use it")
+        add("--warmup_teacher_temp", default=0.04, type=float, help="first teacher temperature; lower it if the loss stalls")
+        add("--teacher_temp", default=0.04, type=float, help="final teacher temperature; above 0.07 is unstable")
+        add("--warmup_teacher_temp_epochs", default=0, type=int, help="epochs of linear warm-up of that temperature")
+        add(
+            "--freeze_last_layer",
+            default=1,
+            type=int,
+            help="epochs during which the prototypes stay fixed; raise it if the loss does not decrease",
+        )
+        add("--global_crops_scale", default=(0.4, 1.0), type=float, nargs=2, help="area share of the two global crops")
+        add("--local_crops_number", default=8, type=int, help="local crops per image; 0 leaves the two global ones")
+        add("--local_crops_scale", default=(0.05, 0.4), type=float, nargs=2, help="area share of the local crops")
+        add("--global_crops_size", default=224, type=int, help="pixels")
+        add("--local_crops_size", default=96, type=int, help="pixels")
+
+    @staticmethod
+    def check_arguments(args: argparse.Namespace) -> None:
+        if args.out_dim < 1:
+            raise UsageError(f"--out_dim {args.out_dim}: a head needs at least one prototype (the default is 65536)")
+        if args.warmup_teacher_temp_epochs > args.epochs:
+            raise UsageError(
+                f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is longer than --epochs {args.epochs}"
+            )
+        for name in ("warmup_teacher_temp", "teacher_temp"):
+            if getattr(args, name) <= 0:
+                raise UsageError(f"--{name} {getattr(args, name)}: a temperature must be positive")
+
+    @staticmethod
+    def views(args: argparse.Namespace) -> Callable:
+        return MultiCropViews(
+            global_crops_scale=args.global_crops_scale,
+            local_crops_scale=args.local_crops_scale,
+            local_crops_number=args.local_crops_number,
+            global_crops_size=args.global_crops_size,
+            local_crops_size=args.local_crops_size,
+            augment=args.augment,
+        )
+
+    @classmethod
+    def build(cls, args: argparse.Namespace) -> "DINO":
+        student = build_backbone(args.arch, args.patch_size, drop_path_rate=args.drop_path_rate)
+        teacher = build_backbone(args.arch, args.patch_size)
+        head = {"out_dim": args.out_dim, "use_bn": args.use_bn_in_head}
+        return cls(
+            MultiCropNetwork(student, DINOHead(student.embed_dim, norm_last_layer=args.norm_last_layer, **head)),
+            MultiCropNetwork(teacher, DINOHead(teacher.embed_dim, **head)),
+            teacher_temps=warmup_scheduler(
+                args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs, args.epochs
+            ),
+            freeze_last_layer=args.freeze_last_layer,
+        )
+
+    def __init__(
+        self,
+        student: MultiCropNetwork,
+        teacher: MultiCropNetwork,
+        teacher_temps,
+        freeze_last_layer: int = 1,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+    ):
+        """``teacher_temps``: one temperature per epoch. The teacher starts as a copy of the student."""
+        super().__init__()
+        self.student, self.teacher = student, teacher
+        teacher.load_state_dict(student.state_dict())
+        teacher.requires_grad_(False)
+        self.centre = Centre(teacher.head.last_layer.weight_g.shape[0], center_momentum)
+        self.teacher_temps = teacher_temps
+        self.student_temp = student_temp
+        self.freeze_last_layer = freeze_last_layer
+        self._seen: dict[str, torch.Tensor] = {}  # what health() looks at
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: dict, clock: Clock) -> dict[str, torch.Tensor]:
+        """``batch["crops"]``: list of (batch, 3, height, width), the two global crops first."""
+        crops = batch["crops"]
+        probs = self.teacher_targets(crops[: self.teacher_views], clock)  # (2, batch, prototypes)
+        z = self.student_bottleneck(crops, clock)  # (crops * batch, 256)
+        loss = self.loss(z, probs, num_views=len(crops))
+        self._seen.update(probs=probs, z=z.detach(), loss=loss.detach())
+        return {"loss": loss}
+
+    @torch.no_grad()
+    def teacher_targets(self, crops: list[torch.Tensor], clock: Clock) -> torch.Tensor:
+        features = self.teacher.features(crops)
+        logits = self.teacher.head(features)  # (2 * batch, prototypes)
+        self.centre.collect(logits)
+        self._seen["features"] = features
+        probs = teacher_probabilities(logits, self.centre.center, self.teacher_temps[clock.epoch])
+        return probs.unflatten(0, (self.teacher_views, -1))
+
+    def student_bottleneck(self, crops: list[torch.Tensor], clock: Clock) -> torch.Tensor:
+        depth = len(getattr(self.student.backbone, "blocks", ()))
+        draws = clock.drop_path_draws(depth, len(crops), crops[0].shape[0])
+        return self.student.head.bottleneck(self.student.features(crops, draws))
+
+    def loss(self, z: torch.Tensor, probs: torch.Tensor, num_views: int) -> torch.Tensor:
+        """Mean over the 2 * (num_views - 1) pairs of a teacher view with another student view, and over the batch."""
+        teacher_views, batch, _ = probs.shape
+        pairs = teacher_views * (num_views - 1)
+        targets, rows, mass = cross_view_targets(probs, num_views)
+        weight = self.student.head.last_layer.weight()
+        return prototype_cross_entropy(z, weight, targets, rows, 1.0 / (pairs * batch), mass, self.student_temp)
+
+    def after_backward(self, clock: Clock) -> None:
+        if clock.epoch < self.freeze_last_layer:
+            for name, parameter in self.student.named_parameters():
+                if "last_layer" in name:
+                    parameter.grad = None  # neither moments nor weight decay touch it
+
+    def after_step(self, clock: Clock, gate: torch.Tensor | None) -> None:
+        ema_update_(self.teacher.parameters(), self.student.parameters(), clock.momentum, gate)
+        self.centre.commit(gate)
+
+    def discard_step(self) -> None:
+        self.centre.discard()
+
+    # ---- looking at it ----------------------------------------------------------------------------------------------
+
+    def checkpoint_parts(self) -> dict[str, nn.Module]:
+        return {"student": self.student, "teacher": self.teacher, "dino_loss": self.centre}
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.teacher.backbone

@@ -1,0 +1,107 @@
+"""The cross-entropy between teacher distributions and student views that every clustering method shares.
+
+With s = z W^T / temperature the student's logits and p_i the teacher's distributions, the textbook loss is
+
+    for every teacher view i, every student view v != i:  mean over the batch of  - sum_k p_i[k] log_softmax(s_v)[k]
+
+It is linear in the teacher: with Q_v the sum of the p_i paired with view v and k_v their number, the sum over pairs is
+
+    sum_v  k_v * logsumexp(s_v) - <Q_v, s_v>
+
+so one pass per student view is enough and no log-probability is stored. Everything is computed in float32 or better.
+"""
+
+import torch
+import torch.nn.functional as F
+
+CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MiB of float32
+HEADROOM = 2.0**10  # exact in every format; keeps fp16 gradients of the logits above its smallest numbers
+
+
+def teacher_probabilities(logits: torch.Tensor, centre: torch.Tensor, temperature: float) -> torch.Tensor:
+    """softmax((logits - centre) / temperature) over the last axis, float32 or better."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.softmax((logits - centre) / temperature, dim=-1)
+
+
+def cross_view_targets(probs: torch.Tensor, num_views: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What every student row is compared with, when a view is not compared with itself.
+
+    Shapes     probs (teacher views, batch, prototypes); student rows are views-major: (num_views * batch)
+    Returns    targets (sources, prototypes): distinct sums Q_v, one block of ``batch`` rows each;
+               rows (num_views * batch,): the target of every student row; mass (num_views * batch,): k_v
+    """
+    teacher_views, batch, _ = probs.shape
+    total = probs.sum(dim=0)
+    blocks = [total - own for own in probs]  # global views skip themselves
+    mass = [teacher_views - 1] * teacher_views + [teacher_views] * (num_views - teacher_views)
+    block_of_view = list(range(teacher_views)) + [teacher_views] * (num_views - teacher_views)
+    if num_views > teacher_views:
+        blocks.append(total)
+    device = probs.device
+    rows = torch.tensor(block_of_view, device=device)[:, None] * batch + torch.arange(batch, device=device)
+    mass = torch.tensor(mass, device=device, dtype=probs.dtype)[:, None].expand(-1, batch)
+    return torch.cat(blocks), rows.flatten(), mass.flatten()
+
+
+def prototype_cross_entropy(
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    target_rows: torch.Tensor,
+    row_weight: torch.Tensor | float,
+    mass: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """sum_r row_weight_r * (mass_r * logsumexp(s_r) - <targets[target_rows_r], s_r>),  s = z weight^T / temperature.
+
+    Shapes     z (rows, dim); weight (prototypes, dim); targets (sources, prototypes), no gradient;
+               target_rows (rows,) int64; mass (rows,), the sum of each row's target; row_weight (rows,) or a number
+    Returns    a scalar in nats, float32 or better
+    Exactness  equals ``soft_cross_entropy`` of the materialised logits up to rounding, gradients included; at most
+               ``CHUNK_ELEMENTS`` logits exist at a time and none are kept for the backward pass
+    """
+    row_weight = torch.as_tensor(row_weight, dtype=mass.dtype, device=mass.device).expand_as(mass)
+    return _PrototypeCrossEntropy.apply(z, weight, targets, target_rows, row_weight, mass, temperature)
+
+
+class _PrototypeCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, weight, targets, target_rows, row_weight, mass, temperature):
+        device = z.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        needs_z, needs_weight = ctx.needs_input_grad[:2]
+        accurate = torch.float64 if z.dtype == torch.float64 else torch.float32
+        with torch.autocast(device, enabled=False):
+            zc, wc = z.to(compute), weight.to(compute)
+            loss = torch.zeros((), dtype=accurate, device=z.device)
+            grad_z = torch.empty(z.shape, dtype=accurate, device=z.device) if needs_z else None
+            grad_weight = None
+            common = row_weight.max()  # kept out of the products: they stay in the middle of a half format's range
+            relative = (row_weight / common)[:, None]
+            chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+            for first in range(0, z.shape[0], chunk):
+                rows = slice(first, first + chunk)
+                logits = (zc[rows] @ wc.t()).to(accurate).div_(temperature)
+                target = targets[target_rows[rows]]
+                lse = logits.logsumexp(dim=1)
+                loss += (row_weight[rows] * (mass[rows] * lse - torch.linalg.vecdot(target, logits))).sum()
+                if not (needs_z or needs_weight):
+                    continue
+                grad = logits.sub_(lse[:, None]).exp_().mul_(mass[rows, None]).sub_(target)
+                grad = grad.mul_(HEADROOM).to(compute)
+                if needs_z:
+                    grad_z[rows] = (grad @ wc).to(accurate) * relative[rows]
+                if needs_weight:
+                    product = (grad.t() @ (zc[rows] * relative[rows]).to(compute)).to(accurate)
+                    grad_weight = product if grad_weight is None else grad_weight.add_(product)
+        ctx.grads = (grad_z, z.dtype), (grad_weight, weight.dtype)
+        ctx.factor = common / (temperature * HEADROOM)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        factor = grad_loss * ctx.factor
+        grads = [None if grad is None else grad.mul_(factor).to(dtype) for grad, dtype in ctx.grads]
+        del ctx.grads  # they were formed in place: a second backward pass has nothing to start from
+        return (*grads, None, None, None, None, None)

@@ -1,0 +1,243 @@
+"""What every script needs: processes, options and errors, schedules, files. Nothing here knows a method or a model."""
+
+import argparse
+import contextlib
+import ctypes
+import difflib
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+log = logging.getLogger("tutelage")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: ``rank`` of ``size`` processes, computing on ``device``."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+
+def init_world(device: str = "auto", dist_url: str = "env://") -> World:
+    """Join the processes that torchrun or ``srun`` (one task per GPU) started; alone when neither did.
+
+    Raises UsageError when a node has more processes than GPUs, or when a GPU is asked for where there is none.
+    """
+    env = os.environ
+    if "RANK" in env:
+        rank, size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+        local_size = int(env.get("LOCAL_WORLD_SIZE", 1))
+    elif "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+        rank, size, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+        local_size = int(env.get("SLURM_NTASKS_PER_NODE", 1))
+        env.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    else:
+        rank, size, local_rank, local_size = 0, 1, 0, 1
+
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and gpus == 0:
+        raise UsageError("--device cuda: this machine shows no GPU; use --device cpu or check the driver")
+    if gpus and local_size > gpus:
+        raise UsageError(
+            f"--nproc_per_node {local_size}: this node has {gpus} GPU(s); start at most {gpus} processes, "
+            "or pass --device cpu to run them all on the processor"
+        )
+    if gpus:
+        torch.cuda.set_device(local_rank)
+    world = World(rank, size, local_rank, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if gpus else "gloo", init_method=dist_url, world_size=size, rank=rank)
+    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
+    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    return world
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def usable_cpus() -> int:
+    """Processors this process may use: what a container or ``taskset`` grants, not what the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_large_blocks() -> None:
+    """Ask glibc to keep freed tensors instead of returning them to the system.
+
+    A CPU step allocates the same large tensors again and again; by default every one of them costs its page faults
+    (up to 40 % of a step). Changes no arithmetic. Without glibc nothing happens.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options and errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UsageError(Exception):
+    """Something only the user can mend. The message is one line: what is wrong, with which value, what to do."""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run a script's ``main``; a UsageError becomes one line on stderr and exit code 2, never a traceback."""
+    try:
+        code = main()
+    except UsageError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except BrokenPipeError:
+        code = 141
+    if dist.is_initialized() and not code:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.exit(code or 0)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose help shows defaults and whose errors are one line with the nearest valid name."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, fromfile_prefix_chars=None, **kwargs
+        )
+
+    def error(self, message: str):
+        raise UsageError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            raise UsageError(f"unknown option {name}{nearest(name, self._option_string_actions)}")
+        return args
+
+
+def nearest(name: str, valid) -> str:
+    """``; did you mean X?`` when something valid looks like ``name``, else an empty string."""
+    match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def bool_flag(text: str) -> bool:
+    """on/off, true/false, 1/0, whatever the case, as the original scripts accept them."""
+    try:
+        return {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}[str(text).lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
+
+
+def git_revision() -> str:
+    """Commit of the checkout this file belongs to, and whether it was changed since; 'unknown' outside git."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = [
+            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return run[0].strip() + (" with local changes" if run[1].strip() else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules: float64 arrays, one value per iteration or per epoch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cosine_scheduler(
+    base_value: float,
+    final_value: float,
+    epochs: int,
+    niter_per_ep: int,
+    warmup_epochs: int = 0,
+    start_warmup_value: float = 0.0,
+) -> np.ndarray:
+    """Linear warm-up, then half a cosine; shape (epochs * niter_per_ep,).
+
+    parity: the warm-up includes both ends, so ``base_value`` occurs twice around the junction, and the cosine never
+    reaches ``final_value`` (DINO utils.py).
+    """
+    warmup_iters = int(warmup_epochs * niter_per_ep)
+    total = epochs * niter_per_ep
+    if warmup_iters > total:
+        raise ValueError(f"warmup_epochs {warmup_epochs} is longer than the {epochs} epochs of training")
+    warmup = np.linspace(start_warmup_value, base_value, warmup_iters)
+    steps = np.arange(total - warmup_iters)
+    cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * steps / max(1, len(steps))))
+    return np.concatenate((warmup, cosine))
+
+
+def warmup_scheduler(start_value: float, final_value: float, warmup_epochs: int, epochs: int) -> np.ndarray:
+    """Linear from start to final over the first ``warmup_epochs`` epochs, then constant; shape (epochs,)."""
+    if warmup_epochs > epochs:
+        raise ValueError(f"warm-up of {warmup_epochs} epochs is longer than the {epochs} epochs of training")
+    constant = np.full(epochs - warmup_epochs, float(final_value))
+    return np.concatenate((np.linspace(start_value, final_value, warmup_epochs), constant))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, flush it to disk, then rename it over ``path``.
+
+    A reader sees the old file or the new one, never half of either; a full disk leaves the old one in place.
+    Raises OSError when the file cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_torch(obj, path: Path) -> None:
+    """``torch.save`` that is atomic and reports a full disk as the OSError it is."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(obj, file)
+            except RuntimeError as error:  # torch wraps the failed write of its zip archive
+                raise OSError(f"cannot write {temporary}: {error.__cause__ or error.__context__ or error}") from error
+
+    save_atomically(path, write)
