@@ -131,7 +131,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, fromfile_prefix_chars=None, **kwargs
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+            fromfile_prefix_chars=None,
+            **kwargs,
         )
 
     def error(self, message: str):

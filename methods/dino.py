@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
-
 from data.views import MultiCropViews
+
 from methods.base import Clock, Method, ema_update_
 from methods.centring import Centre
 from methods.distillation import cross_view_targets, prototype_cross_entropy, teacher_probabilities
@@ -48,7 +48,12 @@ class DINO(Method):
             help="first value of the teacher's EMA momentum, rising to 1; higher for small batches (0.9995 at 256 images)",
         )
         add("--use_bn_in_head", default=False, type=bool_flag, help="batch norm in the head; ResNets use it")
-        add("--warmup_teacher_temp", default=0.04, type=float, help="first teacher temperature; lower it if the loss stalls")
+        add(
+            "--warmup_teacher_temp",
+            default=0.04,
+            type=float,
+            help="first teacher temperature; lower it if the loss stalls",
+        )
         add("--teacher_temp", default=0.04, type=float, help="final teacher temperature; above 0.07 is unstable")
         add("--warmup_teacher_temp_epochs", default=0, type=int, help="epochs of linear warm-up of that temperature")
         add(

@@ -3,7 +3,6 @@
 Their stochastic depth and dropout draw from torch's global generator; the training loop reseeds it at every step.
 """
 
-
 import torch
 import torch.nn as nn
 
@@ -33,7 +32,9 @@ def timm_backbone(name: str, drop_path_rate: float) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
-        raise UsageError(f"--arch timm/{name}: timm {timm.__version__} has no such model{nearest(name, timm.list_models())}")
+        raise UsageError(
+            f"--arch timm/{name}: timm {timm.__version__} has no such model{nearest(name, timm.list_models())}"
+        )
     last_error: Exception | None = None
     for sizes in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
         for drop in ({"drop_path_rate": drop_path_rate}, {}) if drop_path_rate else ({},):

@@ -114,7 +114,8 @@ class Attention(nn.Module):
         query_groups = [(samples, queries) for samples, _ in groups]
         parts = zip(groups, self._split(q_rows, query_groups), self._split(kv_rows, groups), strict=True)
         return [
-            (*self._heads(q, samples, queries, 1), *self._heads(kv, samples, tokens, 2)) for (samples, tokens), q, kv in parts
+            (*self._heads(q, samples, queries, 1), *self._heads(kv, samples, tokens, 2))
+            for (samples, tokens), q, kv in parts
         ]
 
     @staticmethod
