@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -109,15 +110,23 @@ def keep_large_blocks() -> None:
 class UsageError(Exception):
     """Something only the user can mend. The message is one line: what is wrong, with which value, what to do."""
 
+    exit_code = 2
+
+
+class RunStopped(UsageError):
+    """A run that ended early on purpose, with the reason. State is saved before this is raised."""
+
+    exit_code = 1
+
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a script's ``main``; a UsageError becomes one line on stderr and exit code 2, never a traceback."""
+    """Run a script's ``main``; a UsageError becomes one line on stderr and its exit code, never a traceback."""
     try:
         code = main()
     except UsageError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
+        code = error.exit_code
     except BrokenPipeError:
         code = 141
     if dist.is_initialized() and not code:
@@ -137,15 +146,15 @@ class Parser(argparse.ArgumentParser):
             **kwargs,
         )
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
-    def parse_args(self, args=None, namespace=None):
-        args, unknown = self.parse_known_args(args, namespace)
+    def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].split("=")[0]
             raise UsageError(f"unknown option {name}{nearest(name, self._option_string_actions)}")
-        return args
+        return parsed
 
 
 def nearest(name: str, valid) -> str:

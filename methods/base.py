@@ -5,9 +5,9 @@ A method is one module that owns its student, its teachers and its state. The tr
     forward(batch, clock)      a dict with "loss" and every part worth plotting, still on the device
     clip_gradients(clip)       as the original clips; returns the norms before clipping
     after_backward(clock)      e.g. cancel the last layer's gradients in the first epochs
-    after_step(clock, gate)    EMA, centres, queues: whatever follows the optimiser. ``gate`` is 0 when the step was
-                               skipped on the device (loss or gradient not finite), None when it certainly was taken
-    discard_step()             forget what ``forward`` collected: the step was skipped before it was begun
+    after_step(clock, gate)    EMA, centres, queues: whatever follows the optimiser. A ``gate`` of 0 (a tensor on the
+                               device) means that loss or gradient was not finite: change nothing, forget what
+                               ``forward`` collected. None means that the step was certainly taken
 
 Adding a method: CONTRIBUTING.md.
 """
@@ -98,9 +98,6 @@ class Method(nn.Module):
         pass
 
     def after_step(self, clock: Clock, gate: torch.Tensor | None) -> None:
-        pass
-
-    def discard_step(self) -> None:
         pass
 
     # ---- looking at it ----------------------------------------------------------------------------------------------

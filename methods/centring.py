@@ -33,6 +33,3 @@ class Centre(nn.Module):
         moved = self.center * self.momentum + mean * (1 - self.momentum)
         self.center.copy_(moved if gate is None else torch.where(gate > 0, moved, self.center))
         self.pending.zero_()
-
-    def discard(self) -> None:
-        self.pending.zero_()

@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
-from data.views import MultiCropViews
 
+from data.views import MultiCropViews
 from methods.base import Clock, Method, ema_update_
 from methods.centring import Centre
-from methods.distillation import cross_view_targets, prototype_cross_entropy, teacher_probabilities
+from methods.distillation import cross_view_loss, teacher_probabilities
 from methods.heads import DINOHead
 from methods.multicrop import MultiCropNetwork
 from models import build_backbone
@@ -45,7 +45,7 @@ class DINO(Method):
             "--momentum_teacher",
             default=0.996,
             type=float,
-            help="first value of the teacher's EMA momentum, rising to 1; higher for small batches (0.9995 at 256 images)",
+            help="first EMA momentum of the teacher, rising to 1; higher for small batches (0.9995 at 256)",
         )
         add("--use_bn_in_head", default=False, type=bool_flag, help="batch norm in the head; ResNets use it")
         add(
@@ -132,7 +132,7 @@ class DINO(Method):
         crops = batch["crops"]
         probs = self.teacher_targets(crops[: self.teacher_views], clock)  # (2, batch, prototypes)
         z = self.student_bottleneck(crops, clock)  # (crops * batch, 256)
-        loss = self.loss(z, probs, num_views=len(crops))
+        loss = cross_view_loss(z, self.student.head.last_layer.weight(), probs, self.student_temp)
         self._seen.update(probs=probs, z=z.detach(), loss=loss.detach())
         return {"loss": loss}
 
@@ -150,14 +150,6 @@ class DINO(Method):
         draws = clock.drop_path_draws(depth, len(crops), crops[0].shape[0])
         return self.student.head.bottleneck(self.student.features(crops, draws))
 
-    def loss(self, z: torch.Tensor, probs: torch.Tensor, num_views: int) -> torch.Tensor:
-        """Mean over the 2 * (num_views - 1) pairs of a teacher view with another student view, and over the batch."""
-        teacher_views, batch, _ = probs.shape
-        pairs = teacher_views * (num_views - 1)
-        targets, rows, mass = cross_view_targets(probs, num_views)
-        weight = self.student.head.last_layer.weight()
-        return prototype_cross_entropy(z, weight, targets, rows, 1.0 / (pairs * batch), mass, self.student_temp)
-
     def after_backward(self, clock: Clock) -> None:
         if clock.epoch < self.freeze_last_layer:
             for name, parameter in self.student.named_parameters():
@@ -167,9 +159,6 @@ class DINO(Method):
     def after_step(self, clock: Clock, gate: torch.Tensor | None) -> None:
         ema_update_(self.teacher.parameters(), self.student.parameters(), clock.momentum, gate)
         self.centre.commit(gate)
-
-    def discard_step(self) -> None:
-        self.centre.discard()
 
     # ---- looking at it ----------------------------------------------------------------------------------------------
 

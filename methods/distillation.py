@@ -65,6 +65,21 @@ def prototype_cross_entropy(
     return _PrototypeCrossEntropy.apply(z, weight, targets, target_rows, row_weight, mass, temperature)
 
 
+def cross_view_loss(z: torch.Tensor, weight: torch.Tensor, probs: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Mean cross-entropy over every pair of a teacher view with another student view, and over the batch.
+
+    Shapes     z (views * batch, dim) student vectors, views-major, the teacher's views first; weight (prototypes, dim);
+               probs (teacher views, batch, prototypes)
+    Returns    a scalar in nats
+    Source     DINO (2104.14294), eq. 3 and algorithm 1; parity: division by pairs, not by views
+    """
+    teacher_views, batch, _ = probs.shape
+    num_views = z.shape[0] // batch
+    pairs = teacher_views * (num_views - 1)
+    targets, rows, mass = cross_view_targets(probs, num_views)
+    return prototype_cross_entropy(z, weight, targets, rows, 1.0 / (pairs * batch), mass, temperature)
+
+
 class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, weight, targets, target_rows, row_weight, mass, temperature):

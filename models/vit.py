@@ -49,21 +49,25 @@ class Selection(NamedTuple):
 
 def select_samples(kept: np.ndarray, groups: Groups, out_groups: Groups, rate: float, device) -> Selection:
     """``kept`` (samples,) bool over all groups -> the rows of those samples on both sides of a branch."""
+    per_group = np.split(kept, np.cumsum([samples for samples, _ in groups])[:-1])
 
     def rows_of(layout: Groups) -> torch.Tensor:
-        parts, first_sample, first_row = [], 0, 0
-        for samples, tokens in layout:
-            index = np.flatnonzero(kept[first_sample : first_sample + samples])
-            parts.append((first_row + index[:, None] * tokens + np.arange(tokens)).ravel())
-            first_sample, first_row = first_sample + samples, first_row + samples * tokens
+        parts, first_row = [], 0
+        for group_kept, (samples, tokens) in zip(per_group, layout, strict=True):
+            parts.append((first_row + np.flatnonzero(group_kept)[:, None] * tokens + np.arange(tokens)).ravel())
+            first_row += samples * tokens
         return torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
 
-    counts, first = [], 0
-    for samples, tokens in groups:
-        counts.append((int(kept[first : first + samples].sum()), tokens))
-        first += samples
+    counts = [(int(group_kept.sum()), tokens) for group_kept, (_, tokens) in zip(per_group, groups, strict=True)]
     rows = rows_of(groups)
     return Selection(rows, counts, rows if out_groups == groups else rows_of(out_groups), 1 / (1 - rate))
+
+
+def scale_samples(kept: np.ndarray, out_groups: Groups, rate: float, like: torch.Tensor) -> torch.Tensor:
+    """``kept`` (samples,) bool -> (output rows, 1): 0 for rows of dropped samples, else 1 / keep probability."""
+    tokens = np.concatenate([np.full(samples, count) for samples, count in out_groups])
+    scale = np.repeat(kept / (1 - rate), tokens)[:, None]
+    return torch.from_numpy(scale).to(like.device, like.dtype, non_blocking=True)
 
 
 def first_tokens(x: torch.Tensor, groups: Groups, count: int) -> torch.Tensor:
@@ -168,19 +172,27 @@ class Block(nn.Module):
         x: torch.Tensor,
         groups: Groups,
         queries: int | None = None,
-        attn_kept: np.ndarray | None = None,
-        mlp_kept: np.ndarray | None = None,
+        attn_drop: Selection | torch.Tensor | None = None,
+        mlp_drop: Selection | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Packed (rows, dim) -> the same rows, or only those of the first ``queries`` tokens of every sample.
 
-        ``attn_kept``, ``mlp_kept``: (samples,) bool, the samples whose branch is computed; None computes all.
+        ``attn_drop``, ``mlp_drop``: stochastic depth of the two branches, made by ``drops``; None drops nothing.
         """
-        out_groups = groups if queries is None else [(samples, queries) for samples, _ in groups]
         out = x if queries is None else first_tokens(x, groups, queries)
-        out = self._add(
-            out, x, groups, out_groups, attn_kept, lambda rows, layout: self._attn_branch(rows, layout, queries)
-        )
-        return self._add(out, out, out_groups, out_groups, mlp_kept, lambda rows, _: self._mlp_branch(rows))
+        out = self._add(out, x, groups, attn_drop, lambda rows, layout: self._attn_branch(rows, layout, queries))
+        return self._add(out, out, None, mlp_drop, lambda rows, _: self._mlp_branch(rows))
+
+    def drops(self, draws: np.ndarray, x: torch.Tensor, groups: Groups, queries: int | None, skip: bool) -> tuple:
+        """``draws`` (2, samples) uniform numbers -> what ``forward`` takes for its two branches."""
+        out_groups = groups if queries is None else [(samples, queries) for samples, _ in groups]
+        attn_kept, mlp_kept = draws >= self.drop_path
+        if skip:
+            return (
+                select_samples(attn_kept, groups, out_groups, self.drop_path, x.device),
+                select_samples(mlp_kept, out_groups, out_groups, self.drop_path, x.device),
+            )
+        return tuple(scale_samples(kept, out_groups, self.drop_path, x) for kept in (attn_kept, mlp_kept))
 
     def _attn_branch(self, rows, groups, queries):
         y = self.attn(self.norm1(rows), groups, queries)
@@ -190,14 +202,16 @@ class Block(nn.Module):
         y = self.mlp(self.norm2(rows))
         return y if self.gamma_2 is None else self.gamma_2 * y
 
-    def _add(self, out, x, groups, out_groups, kept, branch):
-        if kept is None:
+    @staticmethod
+    def _add(out, x, groups, drop, branch):
+        if drop is None:
             return out + branch(x, groups)
-        if not kept.any():
+        if isinstance(drop, torch.Tensor):
+            return out + drop * branch(x, groups)
+        if not len(drop.rows):
             return out
-        chosen = select_samples(kept, groups, out_groups, self.drop_path, x.device)
-        y = branch(x.index_select(0, chosen.rows), chosen.groups)
-        return out.index_add(0, chosen.out_rows, y.to(out.dtype), alpha=chosen.scale)
+        y = branch(x.index_select(0, drop.rows), drop.groups)
+        return out.index_add(0, drop.out_rows, y.to(out.dtype), alpha=drop.scale)
 
 
 class PatchEmbed(nn.Module):
@@ -238,6 +252,8 @@ class VisionTransformer(nn.Module):
         self.num_class_tokens = num_class_tokens
         self.num_registers = num_registers
         self.grad_checkpointing = False
+        self.skip_dropped = True  # False: multiply dropped branches by zero, so that shapes never change
+        self._resampling: dict[tuple, torch.Tensor] = {}
 
         self.cls_token = nn.Parameter(torch.zeros(1, num_class_tokens, embed_dim))
         num_patches = (img_size // patch_size) ** 2
@@ -245,7 +261,7 @@ class VisionTransformer(nn.Module):
         self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None
         self.masked_embed = nn.Parameter(torch.zeros(1, embed_dim)) if masked_im_modeling else None
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = torch.linspace(0, drop_path_rate, depth, dtype=torch.float32).tolist()  # parity: float32
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, init_values) for rate in rates
         )
@@ -284,13 +300,25 @@ class VisionTransformer(nn.Module):
         rows, columns = height // self.patch_size, width // self.patch_size
         if rows * columns == num_patches and height == width:
             return self.pos_embed
-        side = int(num_patches**0.5)
-        grid = self.pos_embed[:, classes:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
         factor = ((rows + 0.1) / num_patches**0.5, (columns + 0.1) / num_patches**0.5)
-        grid = F.interpolate(grid, scale_factor=factor, mode="bicubic", recompute_scale_factor=False)
-        if grid.shape[-2:] != (rows, columns):
-            raise ValueError(f"positions of {height} x {width} pixels became {tuple(grid.shape[-2:])} patches")
-        return torch.cat((self.pos_embed[:, :classes], grid.flatten(2).transpose(1, 2)), dim=1)
+        matrix = self._resampling_matrix(int(num_patches**0.5), (rows, columns), factor)
+        with torch.autocast(self.pos_embed.device.type, enabled=False):
+            patches = matrix @ self.pos_embed[0, classes:]
+        return torch.cat((self.pos_embed[:, :classes], patches[None]), dim=1)
+
+    def _resampling_matrix(self, side: int, size: tuple[int, int], factor: tuple[float, float]) -> torch.Tensor:
+        """The bicubic resize as the linear map it is, (new patches, old patches), made once for every size.
+
+        A product has a deterministic gradient on every device; the gradient of ``interpolate`` has not.
+        """
+        key = (size, self.pos_embed.dtype, self.pos_embed.device)
+        if key not in self._resampling:
+            units = torch.eye(side * side, dtype=torch.float64).view(1, side * side, side, side)
+            resized = F.interpolate(units, scale_factor=factor, mode="bicubic", recompute_scale_factor=False)
+            if resized.shape[-2:] != size:
+                raise ValueError(f"positions for {size} patches became {tuple(resized.shape[-2:])}")
+            self._resampling[key] = resized.flatten(2)[0].t().contiguous().to(self.pos_embed)
+        return self._resampling[key]
 
     def prepare_tokens(self, images: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
         """(batch, 3, height, width), masks (batch, rows, columns) bool -> (batch, tokens, dim).
@@ -314,15 +342,16 @@ class VisionTransformer(nn.Module):
 
     def _run_blocks(self, x, groups, draws=None, queries=None):
         """Packed rows through every block; with ``queries`` the last block returns only those tokens."""
+        skip = self.skip_dropped and x.device.type == "cpu"  # on a GPU gathering rows costs what it saves
         for index, block in enumerate(self.blocks):
-            kept = (None, None)
-            if draws is not None and block.drop_path > 0:
-                kept = tuple(draws[index] >= block.drop_path)
             last = queries if block is self.blocks[-1] else None
+            drops = (None, None)
+            if draws is not None and block.drop_path > 0:
+                drops = block.drops(draws[index], x, groups, last, skip)
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, groups, last, *kept, use_reentrant=False)
+                x = checkpoint(block, x, groups, last, *drops, use_reentrant=False)
             else:
-                x = block(x, groups, last, *kept)
+                x = block(x, groups, last, *drops)
         return x
 
     def forward(self, images: torch.Tensor, draws: np.ndarray | None = None) -> torch.Tensor:

@@ -1,0 +1,81 @@
+"""Optimisers, and how a step is taken or skipped without asking the device."""
+
+import torch
+
+from methods.base import Clock
+from utils import UsageError
+
+OPTIMIZERS = ("adamw", "sgd", "lars")
+
+
+def build_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
+    """``groups`` from ``Method.param_groups``; learning rate and weight decay follow from ``set_schedules``."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    if name == "lars":
+        return LARS(groups)
+    raise UsageError(f"--optimizer {name}: choose one of {', '.join(OPTIMIZERS)}")
+
+
+def set_schedules(optimizer: torch.optim.Optimizer, clock: Clock) -> None:
+    """This iteration's learning rate and weight decay, times every group's own multipliers."""
+    for group in optimizer.param_groups:
+        group["lr"] = clock.lr * group.get("lr_multiplier", 1.0)
+        group["weight_decay"] = clock.weight_decay * group.get("wd_multiplier", 1.0)
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, gate: torch.Tensor | None
+) -> None:
+    """Take the step; a ``gate`` of 0 on the device makes it change nothing, optimiser state included.
+
+    With a scaler (fp16) its own overflow check decides: a loss that is not finite overflows every gradient.
+    """
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+        return
+    optimizer.found_inf = None if gate is None else 1.0 - gate  # read by the fused kernels, and by LARS
+    optimizer.step()
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., 1708.03888) as DINO uses it.
+
+    Weight decay and trust ratio apply to tensors of more than one dimension; the ratio is 1 where a norm is 0.
+    """
+
+    def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9, eta: float = 0.001):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, group, None if found_inf is None else 1.0 - found_inf)
+
+    def _update(self, params: list[torch.Tensor], group: dict, gate: torch.Tensor | None) -> None:
+        updates = [p.grad if gate is None else torch.where(gate > 0, p.grad, 0.0) for p in params]
+        scaled = [i for i, p in enumerate(params) if p.ndim != 1]
+        if scaled:
+            weights = [params[i] for i in scaled]
+            decayed = torch._foreach_add([updates[i] for i in scaled], weights, alpha=group["weight_decay"])
+            ratios = [
+                torch.where((p > 0) & (u > 0), group["eta"] * p / u, 1.0)
+                for p, u in zip(torch._foreach_norm(weights), torch._foreach_norm(decayed), strict=True)
+            ]
+            for i, update in zip(scaled, torch._foreach_mul(decayed, ratios), strict=True):
+                updates[i] = update
+        buffers = [self.state[p].setdefault("mu", torch.zeros_like(p)) for p in params]
+        if gate is None:
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        else:
+            torch._foreach_mul_(buffers, 1.0 - gate * (1.0 - group["momentum"]))
+            torch._foreach_add_(buffers, torch._foreach_mul(updates, gate))
+            torch._foreach_add_(params, torch._foreach_mul(buffers, -group["lr"] * gate))
