@@ -116,7 +116,9 @@ class UsageError(Exception):
 class RunStopped(UsageError):
     """A run that ended early on purpose, with the reason. State is saved before this is raised."""
 
-    exit_code = 1
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
@@ -223,6 +225,23 @@ def warmup_scheduler(start_value: float, final_value: float, warmup_epochs: int,
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UsageError when ``folder`` could not be made or written to; nothing is made yet."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UsageError(f"--output_dir {folder}: {existing} is a file; choose a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"--output_dir {folder}: {existing} is not writable; choose another folder")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results. Raises UsageError when that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder}: cannot be made ({error.strerror}); choose another folder") from None
 
 
 def save_atomically(path: Path, write: Callable[[Path], None]) -> None:

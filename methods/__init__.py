@@ -1,0 +1,14 @@
+"""Methods: what a student learns, and from whom. ``METHODS`` is the registry; a new method is one line here."""
+
+from methods.base import Method
+from methods.dino import DINO
+from utils import UsageError, nearest
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (DINO,)}
+
+
+def method_class(name: str) -> type[Method]:
+    """The method of that name. Raises UsageError for an unknown one."""
+    if name not in METHODS:
+        raise UsageError(f"--method {name}: unknown method{nearest(name, METHODS)}; there are {', '.join(METHODS)}")
+    return METHODS[name]

@@ -15,12 +15,12 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
-from data.views import MultiCropViews
 from methods.base import Clock, Method, ema_update_
 from methods.centring import Centre
 from methods.distillation import cross_view_loss, teacher_probabilities
 from methods.heads import DINOHead
-from methods.multicrop import MultiCropNetwork
+from methods.health import clustering_health
+from methods.multicrop import MultiCropNetwork, add_crop_arguments, check_crop_arguments, multi_crop_views
 from models import build_backbone
 from utils import UsageError, bool_flag, warmup_scheduler
 
@@ -62,11 +62,7 @@ class DINO(Method):
             type=int,
             help="epochs during which the prototypes stay fixed; raise it if the loss does not decrease",
         )
-        add("--global_crops_scale", default=(0.4, 1.0), type=float, nargs=2, help="area share of the two global crops")
-        add("--local_crops_number", default=8, type=int, help="local crops per image; 0 leaves the two global ones")
-        add("--local_crops_scale", default=(0.05, 0.4), type=float, nargs=2, help="area share of the local crops")
-        add("--global_crops_size", default=224, type=int, help="pixels")
-        add("--local_crops_size", default=96, type=int, help="pixels")
+        add_crop_arguments(parser)
 
     @staticmethod
     def check_arguments(args: argparse.Namespace) -> None:
@@ -79,17 +75,11 @@ class DINO(Method):
         for name in ("warmup_teacher_temp", "teacher_temp"):
             if getattr(args, name) <= 0:
                 raise UsageError(f"--{name} {getattr(args, name)}: a temperature must be positive")
+        check_crop_arguments(args)
 
     @staticmethod
     def views(args: argparse.Namespace) -> Callable:
-        return MultiCropViews(
-            global_crops_scale=args.global_crops_scale,
-            local_crops_scale=args.local_crops_scale,
-            local_crops_number=args.local_crops_number,
-            global_crops_size=args.global_crops_size,
-            local_crops_size=args.local_crops_size,
-            augment=args.augment,
-        )
+        return multi_crop_views(args)
 
     @classmethod
     def build(cls, args: argparse.Namespace) -> "DINO":
@@ -123,17 +113,22 @@ class DINO(Method):
         self.teacher_temps = teacher_temps
         self.student_temp = student_temp
         self.freeze_last_layer = freeze_last_layer
+        self.register_buffer("used", torch.zeros(self.centre.center.shape[1], dtype=torch.bool), persistent=False)
         self._seen: dict[str, torch.Tensor] = {}  # what health() looks at
+        self._seen_epoch = -1
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def forward(self, batch: dict, clock: Clock) -> dict[str, torch.Tensor]:
         """``batch["crops"]``: list of (batch, 3, height, width), the two global crops first."""
         crops = batch["crops"]
+        if clock.epoch != self._seen_epoch:
+            self._seen_epoch = clock.epoch
+            self.used.zero_()
         probs = self.teacher_targets(crops[: self.teacher_views], clock)  # (2, batch, prototypes)
         z = self.student_bottleneck(crops, clock)  # (crops * batch, 256)
         loss = cross_view_loss(z, self.student.head.last_layer.weight(), probs, self.student_temp)
-        self._seen.update(probs=probs, z=z.detach(), loss=loss.detach())
+        self._seen.update(probs=probs, loss=loss.detach())
         return {"loss": loss}
 
     @torch.no_grad()
@@ -143,6 +138,7 @@ class DINO(Method):
         self.centre.collect(logits)
         self._seen["features"] = features
         probs = teacher_probabilities(logits, self.centre.center, self.teacher_temps[clock.epoch])
+        self.used[probs.argmax(dim=-1)] = True
         return probs.unflatten(0, (self.teacher_views, -1))
 
     def student_bottleneck(self, crops: list[torch.Tensor], clock: Clock) -> torch.Tensor:
@@ -161,6 +157,10 @@ class DINO(Method):
         self.centre.commit(gate)
 
     # ---- looking at it ----------------------------------------------------------------------------------------------
+
+    def health(self) -> dict[str, torch.Tensor]:
+        seen = self._seen
+        return clustering_health(seen["probs"], seen["loss"], self.centre.center, self.used, seen["features"])
 
     def checkpoint_parts(self) -> dict[str, nn.Module]:
         return {"student": self.student, "teacher": self.teacher, "dino_loss": self.centre}

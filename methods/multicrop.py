@@ -1,12 +1,58 @@
-"""A backbone and a head that are shown several crops of every image."""
+"""Several crops of every image: the options that describe them, and a backbone with a head that is shown them all."""
 
+import argparse
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn as nn
 
+from data.views import MultiCropViews
+from models import is_vision_transformer
 from models.vit import group_by_size
+from utils import UsageError
+
+
+def add_crop_arguments(parser: argparse._ArgumentGroup) -> None:
+    add = parser.add_argument
+    add("--global_crops_scale", default=(0.4, 1.0), type=float, nargs=2, help="area share of the two global crops")
+    add("--local_crops_number", default=8, type=int, help="local crops per image; 0 leaves the two global ones")
+    add("--local_crops_scale", default=(0.05, 0.4), type=float, nargs=2, help="area share of the local crops")
+    add("--global_crops_size", default=224, type=int, help="pixels")
+    add("--local_crops_size", default=96, type=int, help="pixels")
+
+
+def check_crop_arguments(args: argparse.Namespace) -> None:
+    """Raises UsageError for shares outside (0, 1] and for sizes that the patches do not divide."""
+    if args.local_crops_number < 0:
+        raise UsageError(f"--local_crops_number {args.local_crops_number}: must be 0 (two views) or more")
+    kinds = ("global", "local") if args.local_crops_number else ("global",)
+    for kind in kinds:
+        low, high = getattr(args, f"{kind}_crops_scale")
+        if not 0 < low <= high <= 1:
+            raise UsageError(f"--{kind}_crops_scale {low} {high}: two shares of the area with 0 < low <= high <= 1")
+        size = getattr(args, f"{kind}_crops_size")
+        if size < 1:
+            raise UsageError(f"--{kind}_crops_size {size}: must be at least 1 pixel")
+        if is_vision_transformer(args.arch) and size < args.patch_size:
+            raise UsageError(f"--{kind}_crops_size {size} is smaller than one patch of {args.patch_size} pixels")
+        if is_vision_transformer(args.arch) and size % args.patch_size:
+            near = size - size % args.patch_size
+            raise UsageError(
+                f"--patch_size {args.patch_size} does not divide --{kind}_crops_size {size}; "
+                f"nearest {near} or {near + args.patch_size}"
+            )
+
+
+def multi_crop_views(args: argparse.Namespace) -> MultiCropViews:
+    return MultiCropViews(
+        global_crops_scale=args.global_crops_scale,
+        local_crops_scale=args.local_crops_scale,
+        local_crops_number=args.local_crops_number,
+        global_crops_size=args.global_crops_size,
+        local_crops_size=args.local_crops_size,
+        augment=args.augment,
+    )
 
 
 class MultiCropNetwork(nn.Module):

@@ -13,6 +13,11 @@ def backbone_names() -> list[str]:
     return [*VITS, *ALIASES, *library.torchvision_names()]
 
 
+def is_vision_transformer(arch: str) -> bool:
+    """Whether the name stands for a transformer of ours, so that ``patch_size`` means something."""
+    return ALIASES.get(arch, arch) in VITS
+
+
 def build_backbone(arch: str, patch_size: int = 16, drop_path_rate: float = 0.0, **kwargs) -> nn.Module:
     """A network without classifier: images (batch, 3, height, width) -> features (batch, ``embed_dim``).
 

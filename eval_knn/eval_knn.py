@@ -1,0 +1,2 @@
+def knn_classify(*a, **k):
+    raise SystemError

@@ -1,0 +1,2 @@
+def extract_features(*a, **k):
+    raise SystemError

@@ -1,0 +1,307 @@
+"""Pretrain a student network from a teacher, without labels.
+
+    python main_pretrain.py --output_dir out                        # the bundled photographs, on this machine
+    torchrun --nproc_per_node=8 main_pretrain.py --method dino --arch vit_small \\
+        --data_path /imagenet/train --output_dir out                # one node of eight GPUs
+
+A run that is found in --output_dir is continued exactly where it stopped. ``train_one_epoch`` is the step.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products; read when CUDA starts
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from data.datasets import Source, open_source
+from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
+from methods import method_class
+from methods.base import Clock, Method
+from models.batch_norm import synchronise_batch_norm
+from randomness import counted_seed
+from training.blackbox import BlackBox, replay
+from training.checkpointing import resume, save_checkpoint
+from training.consensus import Consensus
+from training.dry_run import dry_run
+from training.monitor import Monitor
+from training.online_knn import OnlineKNN
+from training.optim import build_optimizer, optimizer_step, set_schedules
+from training.options import check_options, get_args_parser, parse_options
+from training.precision import autocast, batch_dtype
+from training.presets import nearest_preset
+from training.preview import attention_pictures, crops_grid
+from utils import (
+    RunStopped,
+    World,
+    cosine_scheduler,
+    git_revision,
+    init_world,
+    keep_large_blocks,
+    log,
+    make_folder,
+    run_cli,
+)
+
+EXIT_REQUEUE = 75  # saved on SIGTERM or SIGUSR1: start the same command again, as scripts/slurm_pretrain.sh does
+
+
+@dataclass
+class Run:
+    """Everything that exists once per run."""
+
+    args: argparse.Namespace
+    world: World
+    source: Source
+    method: Method
+    model: torch.nn.Module  # the method, wrapped where there are several processes
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    niter: int  # steps per epoch
+    global_batch: int  # images per step of all processes
+    schedules: dict[str, np.ndarray]  # one value per iteration
+    monitor: Monitor
+    consensus: Consensus
+    blackbox: BlackBox
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def clock(self, epoch: int, step: int, first_sample: int = 0) -> Clock:
+        iteration = epoch * self.niter + step
+        now = {name: float(values[iteration]) for name, values in self.schedules.items()}
+        return Clock(epoch=epoch, iteration=iteration, seed=self.args.seed, first_sample=first_sample, **now)
+
+
+def train_one_epoch(run: Run, epoch: int, pieces: Iterator[dict], first_step: int = 0) -> None:
+    """The epoch from ``first_step`` on. Raises RunStopped, state saved, when asked to stop or unable to go on."""
+    for step in range(first_step, run.niter):
+        clock = run.clock(epoch, step)
+        set_schedules(run.optimizer, clock)
+        torch.manual_seed(counted_seed(run.args.seed, clock.iteration, run.world.rank))  # for library backbones
+
+        losses, batch = forward_backward(run, pieces, epoch, step)
+        if run.scaler is not None:
+            run.scaler.unscale_(run.optimizer)
+        norms = run.method.clip_gradients(run.args.clip_grad)
+        run.method.after_backward(clock)
+
+        finite = losses["loss"].isfinite()
+        if run.scaler is None:  # fp16 gradients overflow now and then: the scaler sees to them
+            finite = finite & norms.isfinite().all()
+        gate = run.consensus.agree(finite, batch["bad_images"], tag=(clock, batch["indices"]))
+        verdict = run.consensus.verdict()
+        if verdict:
+            run.blackbox.record(run.method, verdict)
+
+        optimizer_step(run.optimizer, run.scaler, gate)
+        run.method.after_step(clock, gate)
+        run.monitor.step(losses, run.method.health() if run.monitor.wants_health(step) else {}, clock, batch["waited"])
+        if verdict:
+            save_or_stop(run, epoch, step + 1, stop=verdict.stop)
+
+
+def forward_backward(run: Run, pieces: Iterator[dict], epoch: int, step: int) -> tuple[dict[str, torch.Tensor], dict]:
+    """Teacher, student, loss and gradients of the batch, piece by piece; gradients are exchanged with the last one.
+
+    Returns the mean of every loss, still on the device, and what is remembered of the batch.
+    """
+    run.optimizer.zero_grad(set_to_none=True)
+    count = run.args.accum_iter
+    means: dict[str, torch.Tensor] = {}
+    batch = {"bad_images": 0, "indices": [], "waited": 0.0}
+    for number in range(count):
+        began = time.perf_counter()
+        piece = next(pieces)
+        batch["waited"] += time.perf_counter() - began
+        batch["indices"].append(piece["indices"])
+        batch["bad_images"] += len(piece["bad"])
+        for name, reason in piece["bad"]:
+            log.error("unreadable image, replaced by another: %s (%s)", name, reason)
+
+        exchange = number == count - 1 or run.model is run.method
+        with contextlib.nullcontext() if exchange else run.model.no_sync():
+            with autocast(run.args.precision, run.world.device):
+                losses = run.model(piece, run.clock(epoch, step, piece["first_sample"]))
+            loss = losses["loss"] / count
+            (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+        for name, value in losses.items():
+            means[name] = means.get(name, 0.0) + value.detach() / count
+    return means, batch
+
+
+def save_or_stop(run: Run, epoch: int, step: int, stop: bool) -> None:
+    """Between two steps, ``step`` of the epoch being done: save when it is time, stop when there is a reason."""
+    reason = run.blackbox.reason_to_stop()
+    minutes = run.args.save_every_minutes
+    if reason or stop or (minutes and time.monotonic() - run.saved_at > 60 * minutes):
+        save(run, epoch, step)
+    if reason:
+        raise RunStopped(reason)
+    if stop:
+        raise RunStopped(
+            f"stopped on request, saved at epoch {epoch}, step {step} of {run.niter}; the same command continues",
+            exit_code=EXIT_REQUEUE,
+        )
+
+
+def save(run: Run, epoch: int, step: int, numbered: bool = False) -> None:
+    if run.world.rank == 0:
+        save_checkpoint(run, epoch, step, numbered)
+    run.saved_at = time.monotonic()
+
+
+def train(run: Run, knn: OnlineKNN) -> None:
+    """From where the run stands to its end: epochs, checkpoints, online k-NN."""
+    args = run.args
+    make_folder(Path(args.output_dir))
+    first_epoch, step = resume(run)
+    if first_epoch >= args.epochs:
+        log.info("%s holds a finished run of %d epochs", args.output_dir, args.epochs)
+        return
+    run.monitor.open(first_epoch, step)
+    run.consensus.listen()
+    pieces = device_pieces(run, first_epoch, step)
+    began = time.monotonic()
+    for epoch in range(first_epoch, args.epochs):
+        run.monitor.begin_epoch()
+        run.blackbox.begin_epoch()
+        train_one_epoch(run, epoch, show_first(run, pieces, epoch, step), step)
+        step = 0
+        final = epoch + 1 == args.epochs
+        tested = args.knn_every and (final or (epoch + 1) % args.knn_every == 0)
+        run.monitor.end_epoch(epoch, knn(run.method.evaluation_backbone()) if tested else {})
+        save(run, epoch + 1, 0, numbered=epoch % args.saveckp_freq == 0)
+    run.monitor.close()
+    log.info("training took %.1f minutes", (time.monotonic() - began) / 60)
+
+
+def show_first(run: Run, pieces: Iterator[dict], epoch: int, step: int) -> Iterator[dict]:
+    """The same pieces; the first ones of some epochs also become pictures in TensorBoard."""
+    for number, piece in enumerate(pieces):
+        if number == 0 and run.monitor.writer is not None and (epoch % max(1, run.args.knn_every) == 0):
+            iteration = epoch * run.niter + step
+            run.monitor.add_image("crops", crops_grid(piece["crops"]), iteration)
+            pictures = attention_pictures(run.method.evaluation_backbone(), piece["crops"][0][:4])
+            if pictures is not None:
+                run.monitor.add_image("attention", pictures, iteration)
+        yield piece
+
+
+def device_pieces(run: Run, epoch: int, step: int) -> Iterator[dict]:
+    """Batches from a position on, to the end of training, ready on the device."""
+    args = run.args
+    loader = TrainLoader(
+        run.source,
+        type(run.method).views(args),
+        batch_size=args.batch_size_per_gpu,
+        pieces=args.accum_iter,
+        world=run.world,
+        seed=args.seed,
+        epochs=args.epochs,
+        num_workers=args.num_workers,
+        start_epoch=epoch,
+        start_step=step,
+    )
+    return iter(to_device_ahead(loader, run.world.device, batch_dtype(args.precision)))
+
+
+def build(args: argparse.Namespace, world: World) -> Run:
+    """Data, networks, optimiser, schedules. Raises UsageError for what only shows when they are built."""
+    source = open_source(args.data_path, args.subset)
+    global_batch = args.batch_size_per_gpu * world.size
+    niter = steps_per_epoch(len(source), global_batch)
+
+    torch.manual_seed(args.seed)
+    method = method_class(args.method).build(args).to(world.device, batch_dtype(args.precision))
+    prepare_blocks(method, args)
+    method = synchronise_batch_norm(method, world.device)
+    model = method
+    if world.size > 1:
+        on_gpu = {"device_ids": [world.device.index]} if world.device.type == "cuda" else {}
+        model = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True, **on_gpu)
+
+    schedules = {
+        "lr": cosine_scheduler(args.lr * global_batch / 256, args.min_lr, args.epochs, niter, args.warmup_epochs),
+        "weight_decay": cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, niter),
+        "momentum": cosine_scheduler(getattr(args, "momentum_teacher", 1.0), 1.0, args.epochs, niter),
+    }
+    monitor = Monitor(Path(args.output_dir), args.epochs, niter, args.print_freq, global_batch, world)
+    return Run(
+        args=args,
+        world=world,
+        source=source,
+        method=method,
+        model=model,
+        optimizer=build_optimizer(args.optimizer, method.param_groups()),
+        scaler=torch.amp.GradScaler(world.device.type) if args.precision == "fp16" else None,
+        niter=niter,
+        global_batch=global_batch,
+        schedules=schedules,
+        monitor=monitor,
+        consensus=Consensus(world.device),
+        blackbox=BlackBox(args, len(source), world),
+    )
+
+
+def prepare_blocks(method: Method, args: argparse.Namespace) -> None:
+    """Activation checkpointing and compilation, block by block: one graph serves all blocks and crop sizes."""
+    for module in method.modules():
+        if hasattr(module, "grad_checkpointing"):
+            module.grad_checkpointing = args.grad_checkpointing
+            module.skip_dropped = not args.compile  # graphs want constant shapes
+        if args.compile and hasattr(module, "drop_path"):
+            module.compile()
+
+
+def prepare_device(args: argparse.Namespace, world: World) -> None:
+    if world.device.type == "cpu":
+        keep_large_blocks()
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+    torch.backends.cudnn.deterministic = args.deterministic
+    torch.backends.cudnn.benchmark = not args.deterministic
+
+
+def describe(run: Run) -> None:
+    """The effective settings, what differs from the nearest preset, and what that preset reached."""
+    log.info(
+        "git: %s, torch %s, %d process(es) on %s", git_revision(), torch.__version__, run.world.size, run.world.device
+    )
+    for name, value in sorted(vars(run.args).items()):
+        log.info("%s: %s", name, value)
+    for line in nearest_preset(run.args, get_args_parser(type(run.method)), run.world.size):
+        log.info("%s", line)
+    log.info(
+        "%s: %d images per step, %d steps per epoch, peak learning rate %.3g",
+        run.source.name,
+        run.global_batch,
+        run.niter,
+        run.args.lr * run.global_batch / 256,
+    )
+
+
+def main() -> int:
+    args = parse_options(sys.argv[1:])
+    world = init_world(args.device, args.dist_url)
+    if args.replay:
+        given = {name: getattr(args, name) for name in ("data_path", "precision") if f"--{name}" in sys.argv}
+        return replay(Path(args.replay), given, world)
+    check_options(args, world)
+    prepare_device(args, world)
+    run = build(args, world)
+    describe(run)
+    if args.dry_run:
+        dry_run(run, device_pieces(run, 0, 0))
+        return 0
+    train(run, OnlineKNN(args, world))
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,62 @@
+"""Batch norm over all processes: torch's on GPUs, our own where torch has none (processors, for tests)."""
+
+import torch
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils import all_reduce_sum, world_size
+
+
+def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """Replace every batch norm below ``module`` by one that sees the batches of all processes; names stay."""
+    if world_size() == 1 or not any(isinstance(child, _BatchNorm) for child in module.modules()):
+        return module
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, _BatchNorm):
+                setattr(parent, name, AllReduceBatchNorm(child))
+    return module
+
+
+class AllReduceBatchNorm(_BatchNorm):
+    """The batch norm it is made from (parameters and buffers are shared), with statistics of all processes."""
+
+    def __init__(self, original: _BatchNorm):
+        super().__init__(
+            original.num_features, original.eps, original.momentum, original.affine, original.track_running_stats
+        )
+        self.__dict__.update(original.__dict__)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        count = all_reduce_sum(torch.tensor(float(x.numel() / x.shape[1]), dtype=torch.float64)).item()
+        mean = _SumOverProcesses.apply(x.sum(axes)) / count
+        centred = x - mean.view(shape)
+        var = _SumOverProcesses.apply(centred.square().sum(axes)) / count
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+                self.running_var.lerp_((var * count / max(1.0, count - 1)).to(self.running_var), self.momentum)
+        y = centred * (var + self.eps).rsqrt().view(shape)
+        return y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        pass
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """Sum over processes, whose gradient is the sum of the gradients of all processes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return all_reduce_sum(x.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce_sum(grad.clone())

@@ -1,0 +1,166 @@
+"""Checkpoints of a run: DINO's layout with plain types, written atomically, and a resumption that cannot go wrong.
+
+    student, teacher, dino_loss ...   the method's parts (``Method.checkpoint_parts``); student keys start with "module."
+    optimizer, fp16_scaler            as torch gives them
+    epoch                             the epoch to continue with
+    args                              the options, as a dict
+    tutelage                          what this repository adds: method, step within the epoch, meters, the data's identity
+
+Nothing random is stored: order, crops and stochastic depth are functions of the seed and of where training stands.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from models.checkpoints import CheckpointError, load_file
+from training.options import trajectory_options
+from utils import UsageError, log, save_torch
+
+FORMAT = 1
+LATEST, PREVIOUS = "checkpoint.pth", "checkpoint.previous.pth"
+
+
+def save_checkpoint(run, epoch: int, step: int, numbered: bool = False) -> None:
+    """Write checkpoint.pth, keeping the one before it as checkpoint.previous.pth. Raises UsageError on a full disk."""
+    folder = Path(run.args.output_dir)
+    state = {
+        key: {f"module.{name}" if key == "student" else name: value for name, value in part.state_dict().items()}
+        for key, part in run.method.checkpoint_parts().items()
+    }
+    state |= {
+        "optimizer": run.optimizer.state_dict(),
+        "epoch": epoch,
+        "args": {key: list(value) if isinstance(value, tuple) else value for key, value in vars(run.args).items()},
+        "tutelage": {
+            "format": FORMAT,
+            "method": run.method.name,
+            "arch": run.args.arch,
+            "step": step,
+            "iteration": epoch * run.niter + step,
+            "niter": run.niter,
+            "global_batch": run.global_batch,
+            "images": len(run.source),
+            "data": run.source.fingerprint,
+            "meters": run.monitor.state_dict(),
+        },
+    }
+    if run.scaler is not None:
+        state["fp16_scaler"] = run.scaler.state_dict()
+    try:
+        if (folder / LATEST).exists():
+            _keep_as(folder / LATEST, folder / PREVIOUS)
+        save_torch(state, folder / LATEST)
+        if numbered:
+            _keep_as(folder / LATEST, folder / f"checkpoint{epoch - 1:04}.pth")
+    except OSError as error:
+        raise UsageError(
+            f"cannot save {folder / LATEST}: {error.strerror or error}; the checkpoint before it is untouched, "
+            "free some space and start the same command again"
+        ) from None
+
+
+def _keep_as(path: Path, name: Path) -> None:
+    """Give a complete file a second name, replacing what had it; a hard link where the file system has them."""
+    temporary = name.with_name(f"{name.name}.tmp{os.getpid()}")
+    try:
+        os.link(path, temporary)
+    except OSError:
+        temporary.write_bytes(path.read_bytes())
+    os.replace(temporary, name)
+
+
+def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
+    """The newest readable checkpoint of a run; a damaged one is passed over with a warning.
+
+    Raises CheckpointError when there are checkpoints and none can be read.
+    """
+    paths = [folder / name for name in (LATEST, PREVIOUS) if (folder / name).exists()]
+    for path in paths:
+        try:
+            return path, load_file(path)
+        except CheckpointError as error:
+            log.warning("warning: %s", error)
+            damaged = error
+    if paths:
+        raise damaged
+    return None
+
+
+def resume(run) -> tuple[int, int]:
+    """Continue the run in --output_dir if there is one. Returns (epoch, step) to begin with.
+
+    Raises UsageError when what is there belongs to another run, naming every difference.
+    """
+    found = find_checkpoint(Path(run.args.output_dir))
+    if found is None:
+        return 0, 0
+    path, state = found
+    parts = run.method.checkpoint_parts()
+    ours = state.get("tutelage", {})
+    _refuse_another_run(run, path, state, ours)
+    for key, part in parts.items():
+        tensors = {name.removeprefix("module."): value for name, value in state[key].items()}
+        try:
+            part.load_state_dict(tensors)
+        except RuntimeError as error:
+            detail = " ".join(str(error).split("\n\t")[1:2]) or str(error)
+            raise UsageError(f"{path}: its {key} does not fit this network: {detail[:200]}") from None
+    _load_optimizer(run.optimizer, state["optimizer"], path)
+    if run.scaler is not None and "fp16_scaler" in state:
+        run.scaler.load_state_dict(state["fp16_scaler"])
+    run.monitor.load_state_dict(ours.get("meters", {}))
+    epoch, step = state["epoch"], ours.get("step", 0)
+    log.info("continuing %s: epoch %d, step %d of %d", path, epoch, step, run.niter)
+    return epoch, step
+
+
+def _refuse_another_run(run, path: Path, state: dict, ours: dict) -> None:
+    parts = run.method.checkpoint_parts()
+    elsewhere = "choose another --output_dir, or move that file away"
+    if ours and ours["method"] != run.method.name:
+        raise UsageError(f"{path} belongs to a {ours['method']} run, this is {run.method.name}; {elsewhere}")
+    if ours and ours["arch"] != run.args.arch:
+        raise UsageError(f"{path} holds {ours['arch']}, this run trains {run.args.arch}; {elsewhere}")
+    missing = {*parts, "optimizer", "epoch"} - set(state)
+    if missing:
+        raise UsageError(f"{path} is not a checkpoint of a {run.method.name} run: no {', '.join(missing)}; {elsewhere}")
+    if not ours:
+        log.warning("warning: %s was written by the original code; its options and data are not checked", path)
+        return
+    differences = _differing_options(run.args, state["args"])
+    for name, theirs, mine in (
+        ("images per step", ours["global_batch"], run.global_batch),
+        ("images", ours["images"], len(run.source)),
+        ("list of images", ours["data"], run.source.fingerprint),
+    ):
+        if theirs != mine:
+            differences.append(f"{name}: {theirs} there, {mine} here")
+    if not differences:
+        return
+    if not run.args.accept_changes:
+        raise UsageError(
+            f"{path} belongs to another run ({'; '.join(differences)}); {elsewhere}, "
+            "or continue it nevertheless with --accept_changes"
+        )
+    if ours["step"] and (ours["niter"] != run.niter or ours["global_batch"] != run.global_batch):
+        raise UsageError(f"{path} stands in the middle of an epoch of {ours['niter']} steps, this run has {run.niter}")
+    log.warning("warning: continuing with changes: %s", "; ".join(differences))
+
+
+def _differing_options(args: argparse.Namespace, saved: dict) -> list[str]:
+    mine = trajectory_options(args)
+    return [f"--{k}: {saved.get(k)} there, {v} here" for k, v in mine.items() if k not in saved or saved[k] != v]
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path) -> None:
+    """Moments and counters from the file; the groups' multipliers stay those of this run."""
+    multipliers = [{k: v for k, v in group.items() if k.endswith("_multiplier")} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{path}: its optimiser does not fit this run: {error}") from None
+    for group, own in zip(optimizer.param_groups, multipliers, strict=True):
+        group.update(own)

@@ -1,0 +1,68 @@
+"""What all processes must agree on at every step, in one all-reduce of three numbers.
+
+A step whose loss or gradient is not finite on any process is taken by none; a request to stop reaches all of them at
+the same step; unreadable images are counted over all. The device is never waited for: on a GPU the verdict gates the
+step there (``agree`` returns the gate), and the host reads it one step later (``verdict``), when it lies ready.
+"""
+
+import signal
+from dataclasses import dataclass
+
+import torch
+
+from utils import all_reduce_sum
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the processes agreed on in one step; ``tag`` is whatever was handed to ``agree`` with it."""
+
+    skipped: bool
+    stop: bool
+    bad_images: int
+    tag: object
+
+
+class Consensus:
+    def __init__(self, device: torch.device):
+        self._lags = device.type == "cuda"
+        self._device = device
+        self._waiting: list[tuple] = []
+        self.stop_requested = False
+
+    def listen(self) -> None:
+        """Let SIGTERM and SIGUSR1 ask for a stop after the step."""
+        for name in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(name, self._request_stop)
+
+    def _request_stop(self, *_: object) -> None:
+        self.stop_requested = True
+
+    def agree(self, finite: torch.Tensor, bad_images: int, tag: object = None) -> torch.Tensor | None:
+        """``finite`` (0-dim bool, on the device): this process's view of its loss and gradients.
+
+        Returns the gate, 0 or 1 as a float on the device; None when it is known here that the step is to be taken.
+        """
+        counts = torch.tensor([float(self.stop_requested), float(bad_images)], pin_memory=self._lags)
+        votes = torch.cat(((~finite).float().view(1), counts.to(self._device, non_blocking=True)))
+        all_reduce_sum(votes)
+        gate = (votes[0] == 0).float()
+        if self._lags:
+            host = torch.empty(votes.shape, pin_memory=True)
+            host.copy_(votes, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._waiting.append((host, arrived, tag))
+            return gate
+        self._waiting.append((votes, None, tag))
+        return None if gate else gate
+
+    def verdict(self, wait: bool = False) -> Verdict | None:
+        """The verdict of this step on a CPU, of the step before on a GPU (of this one with ``wait``); None at first."""
+        if len(self._waiting) < (2 if self._lags and not wait else 1):
+            return None
+        votes, arrived, tag = self._waiting.pop(0)
+        if arrived is not None:
+            arrived.synchronize()
+        not_finite, stop, bad_images = votes.tolist()
+        return Verdict(not_finite > 0, stop > 0, int(bad_images), tag)

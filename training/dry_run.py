@@ -1,0 +1,90 @@
+"""Everything but training: what would be built, what it would need, what it would see."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.datasets import BadImage
+from randomness import Permutation
+from training.precision import autocast
+from training.preview import crops_grid
+from utils import log, make_folder
+
+SCANNED = 64
+
+
+def dry_run(run, pieces) -> None:
+    """Print parameter counts, predicted memory and a scan of the data; write the first batch as a picture."""
+    piece = next(pieces)
+    describe_parameters(run)
+    describe_memory(run, piece)
+    scan_images(run.source)
+    folder = Path(run.args.output_dir)
+    make_folder(folder)
+    picture = folder / "first_batch.png"
+    Image.fromarray(crops_grid(piece["crops"])).save(picture)
+    sizes = ", ".join(f"{len(piece['crops'])} crops of {tuple(c.shape[-2:])}" for c in piece["crops"][:1])
+    log.info("first batch: %d images, %s ...; picture: %s", piece["crops"][0].shape[0], sizes, picture)
+
+
+def describe_parameters(run) -> None:
+    for key, part in run.method.checkpoint_parts().items():
+        total = sum(p.numel() for p in part.parameters())
+        trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        if total:
+            log.info("parameters of the %s: %.2f M, %.2f M trained", key, total / 1e6, trained / 1e6)
+
+
+def describe_memory(run, piece: dict) -> None:
+    """Weights, gradients and moments are counted; activations are measured on two images and scaled."""
+    weights = sum(t.numel() * t.element_size() for t in (*run.method.parameters(), *run.method.buffers()))
+    trained = sum(p.numel() * p.element_size() for p in run.method.parameters() if p.requires_grad)
+    moments = {"adamw": 2}.get(run.args.optimizer, 1) * trained
+    per_image = saved_bytes(run, piece, images=2) / 2
+    images = run.args.batch_size_per_gpu // run.args.accum_iter
+    parts = {"weights": weights, "gradients": trained, "optimiser": moments, "activations": per_image * images}
+    shown = ", ".join(f"{name} {value / 2**20:.0f}" for name, value in parts.items())
+    log.info("predicted memory per process: about %.0f MB (%s)", sum(parts.values()) / 2**20, shown)
+    log.info("activations: %.1f MB per image, %d images at a time", per_image / 2**20, images)
+
+
+def saved_bytes(run, piece: dict, images: int) -> int:
+    """Bytes that the backward pass of ``images`` images keeps alive, parameters not counted."""
+    small = {
+        name: [crop[:images] for crop in value] if isinstance(value, list) and torch.is_tensor(value[0]) else value
+        for name, value in piece.items()
+        if name != "bad"
+    }
+    parameters = {p.untyped_storage().data_ptr() for p in run.method.parameters()}
+    seen: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        with autocast(run.args.precision, run.world.device):
+            losses = run.method(small, run.clock(0, 0))
+    del losses
+    return sum(seen.values())
+
+
+def scan_images(source) -> None:
+    """Open some images of every part of the data."""
+    count = min(SCANNED, len(source))
+    sizes, bad = [], []
+    for index in Permutation(len(source), 0)[np.arange(count)].tolist():
+        try:
+            sizes.append(source.array(index).shape[:2])
+        except BadImage as error:
+            bad.append(f"{error.name} ({error.reason})")
+    log.info("data: %s; opened %d of %d, %d unreadable", source.name, count, len(source), len(bad))
+    for line in bad[:5]:
+        log.info("  unreadable: %s", line)
+    if sizes:
+        heights, widths = np.array(sizes).T
+        log.info("  median size %d x %d pixels, smallest side %d", *np.median(sizes, axis=0), min(*heights, *widths))

@@ -1,0 +1,28 @@
+"""Does this run look like it is failing? What the measures of methods/health.py mean, in plain words."""
+
+
+def diagnose(values: dict[str, float]) -> dict[str, str]:
+    """Short name of a problem -> what it means and what has helped, for measures taken after the warm-up."""
+    found = {}
+    entropy = values.get("entropy_over_ln_k")
+    if entropy is not None and entropy > 0.98:
+        found["uniform teacher"] = (
+            f"the teacher spreads over all prototypes (entropy {entropy:.3f} of ln K): collapse to the uniform "
+            "distribution; lower --teacher_temp or lengthen --warmup_teacher_temp_epochs"
+        )
+    elif values.get("loss_over_ln_k", 0.0) > 0.98:
+        found["flat loss"] = (
+            f"the loss stays at ln K ({values['loss_over_ln_k']:.3f} of it): the student has learnt nothing yet; "
+            "lower the temperature, raise --freeze_last_layer, or try --precision fp32"
+        )
+    if entropy is not None and entropy < 0.02 and values.get("loss_over_ln_k", 1.0) < 0.02:
+        found["one prototype"] = (
+            f"the teacher always picks the same prototypes (entropy {entropy:.3f} of ln K, loss near 0): collapse to "
+            "one point; check the centre, raise --teacher_temp, lower the learning rate"
+        )
+    if values.get("effective_rank", 99.0) < 1.5:
+        found["flat features"] = (
+            f"the features of a batch lie on a line (effective rank {values['effective_rank']:.2f}): dimensional "
+            "collapse; lower the learning rate, and look at the crops in TensorBoard"
+        )
+    return found

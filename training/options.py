@@ -1,0 +1,158 @@
+"""The options of a pretraining run: one parser, presets, and everything that can be refused before work begins."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from methods import METHODS, method_class
+from methods.base import Method
+from models import VITS, backbone_names, is_vision_transformer
+from training.optim import OPTIMIZERS
+from training.precision import PRECISIONS, has_bf16
+from training.presets import read_preset
+from utils import Parser, UsageError, World, bool_flag, check_writable, nearest
+
+# Options that cannot change what a run computes, so that it may be continued with others. The batch may be divided
+# differently among processes and pieces as long as its size stays (checked where a run is resumed).
+FREE_OPTIONS = {
+    *("config", "data_path", "output_dir", "num_workers", "device", "dist_url", "local_rank", "batch_size_per_gpu"),
+    *("accum_iter", "grad_checkpointing", "compile", "deterministic", "saveckp_freq", "save_every_minutes"),
+    *("print_freq", "knn_every", "knn_data", "knn_per_class", "max_bad_images", "max_skipped"),
+    *("dry_run", "replay", "accept_changes", "use_fp16"),
+}
+
+
+def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
+    """All options of ``--method``, grouped, with the names and defaults of the original scripts."""
+    parser = Parser(
+        prog="main_pretrain.py",
+        description="Pretrain a student network from a teacher, without labels.",
+        epilog="Options of another method: main_pretrain.py --method NAME --help",
+    )
+    add = parser.add_argument_group("what to run").add_argument
+    add("--method", default="dino", choices=list(METHODS), help="what the student learns, and from whom")
+    add("--config", metavar="FILE.yaml", help="preset (configs/<method>/*.yaml); later options override it")
+    add("--output_dir", default=".", help="checkpoints and logs; a run found there is continued")
+    add("--dry_run", action="store_true", help="everything but training: settings, data, memory, first batch")
+    add("--replay", metavar="FILE", help="run a step again that was not finite (the file the run wrote)")
+
+    method.add_arguments(parser.add_argument_group(f"method: {method.name}"))
+
+    add = parser.add_argument_group("backbone").add_argument
+    add("--arch", default="vit_small", help=f"{', '.join(VITS)}, a torchvision resnet, or timm/<name>")
+    add("--patch_size", default=16, type=int, help="pixels; vision transformers only. 8 is better and slower than 16")
+    add("--drop_path_rate", default=0.1, type=float, help="stochastic depth of the student's last block")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", help="folder, list (.txt) or zip of images; left out: the bundled photographs")
+    add("--subset", type=int, metavar="N", help="only the first N images of every class")
+    add("--augment", default="fast", choices=["fast", "pil"], help="pil: the original's pixels, bit for bit; slower")
+    add("--num_workers", default=10, type=int, help="data loading processes per GPU; no influence on the numbers")
+    add("--max_bad_images", default=0.01, type=float, help="stop when a larger share of the images is unreadable")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch_size_per_gpu", default=64, type=int, help="images per process and step")
+    add("--accum_iter", default=1, type=int, help="compute that batch in so many pieces: same numbers, less memory")
+    add("--epochs", default=100, type=int, help="epochs of training")
+    add("--lr", default=0.0005, type=float, help="peak learning rate for 256 images; scaled with the whole batch")
+    add("--warmup_epochs", default=10, type=int, help="epochs of linear learning rate warm-up")
+    add("--min_lr", default=1e-6, type=float, help="learning rate at the end")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="adamw for transformers, sgd or lars for ResNets")
+    add("--weight_decay", default=0.04, type=float, help="first weight decay; a small value works well")
+    add("--weight_decay_end", default=0.4, type=float, help="final weight decay, reached by a cosine")
+    add("--clip_grad", default=3.0, type=float, help="largest gradient norm of a tensor; 0 clips nothing")
+    add("--seed", default=0, type=int, help="of weights, order, crops and stochastic depth")
+
+    add = parser.add_argument_group("precision and memory").add_argument
+    add("--precision", default="auto", choices=["auto", *PRECISIONS], help="auto: bf16 where the hardware has it")
+    add("--use_fp16", type=bool_flag, help="the original's switch: true is --precision fp16, false fp32")
+    add("--grad_checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
+    add("--compile", action="store_true", help="torch.compile every block; pays from ViT-L on")
+    add("--deterministic", default=True, type=bool_flag, help="the same bits at every run on one kind of device")
+
+    add = parser.add_argument_group("checkpoints and logs").add_argument
+    add("--saveckp_freq", default=20, type=int, help="keep a numbered checkpoint every so many epochs")
+    add("--save_every_minutes", default=30.0, type=float, help="also save within an epoch; 0 does not")
+    add("--accept_changes", action="store_true", help="continue the run found although its options differ")
+    add("--max_skipped", default=20, type=int, help="stop after so many steps in a row that were not finite")
+    add("--print_freq", default=10, type=int, help="steps between two lines of progress and health")
+    add("--knn_every", default=10, type=int, help="epochs between two online k-NN tests and attention maps; 0: never")
+    add("--knn_data", metavar="DIR", help="with train/ and val/; left out: beside --data_path, or bundled")
+    add("--knn_per_class", default=100, type=int, help="training images per class in the online k-NN test")
+
+    add = parser.add_argument_group("processes").add_argument
+    add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: GPUs when there are any")
+    add("--dist_url", default="env://", help="how processes find each other")
+    add("--local_rank", "--local-rank", type=int, help="ignored; old launchers pass it")
+    return parser
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """Defaults, then the preset, then the command line. Raises UsageError for anything unknown."""
+    first = Parser(add_help=False)
+    first.add_argument("--method")
+    first.add_argument("--config")
+    early, _ = first.parse_known_args(argv)
+    preset = read_preset(Path(early.config)) if early.config else None
+    name = early.method or (preset.method if preset else None) or "dino"
+    if preset and preset.method not in (None, name):
+        raise UsageError(f"--config {early.config} is a preset of {preset.method}, not of --method {name}")
+    parser = get_args_parser(method_class(name))
+    preset_argv = preset.argv(parser) if preset else []
+    return parser.parse_args([*preset_argv, "--method", name, *argv])
+
+
+def resolve_precision(args: argparse.Namespace, device: torch.device) -> None:
+    """Replace ``auto`` and ``--use_fp16`` by a precision this device has, in place."""
+    if args.use_fp16 is not None:
+        wanted = "fp16" if args.use_fp16 else "fp32"
+        if args.precision not in ("auto", wanted):
+            raise UsageError(f"--use_fp16 {args.use_fp16} contradicts --precision {args.precision}; pass one of them")
+        args.precision = wanted
+    if args.precision == "auto":
+        args.precision = "bf16" if has_bf16(device) else ("fp16" if device.type == "cuda" else "fp32")
+    if args.precision == "fp16" and device.type != "cuda":
+        raise UsageError(
+            "fp16 training needs a GPU and there is none; pass --precision bf16 or fp32 (--use_fp16 false)"
+        )
+
+
+def check_options(args: argparse.Namespace, world: World) -> None:
+    """Refuse what cannot work, before data is listed or a network built. Every message names value and remedy."""
+    positive = ("batch_size_per_gpu", "accum_iter", "epochs", "patch_size", "saveckp_freq", "print_freq", "max_skipped")
+    for name in positive:
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("warmup_epochs", "num_workers", "clip_grad", "knn_every", "save_every_minutes"):
+        if getattr(args, name) < 0:
+            raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
+    if args.subset is not None and args.subset < 1:
+        raise UsageError(f"--subset {args.subset}: must be at least 1 image per class (leave it out for all)")
+    if args.warmup_epochs > args.epochs:
+        raise UsageError(f"--warmup_epochs {args.warmup_epochs} is longer than --epochs {args.epochs}")
+    if not 0 <= args.drop_path_rate < 1:
+        raise UsageError(f"--drop_path_rate {args.drop_path_rate}: must be in [0, 1)")
+    if args.batch_size_per_gpu % args.accum_iter:
+        fewer = args.batch_size_per_gpu - args.batch_size_per_gpu % args.accum_iter
+        near = [str(value) for value in (fewer, fewer + args.accum_iter) if value]
+        raise UsageError(
+            f"--batch_size_per_gpu {args.batch_size_per_gpu} with --accum_iter {args.accum_iter}: must divide; "
+            f"nearest {' or '.join(near)}"
+        )
+    _check_arch(args)
+    method_class(args.method).check_arguments(args)
+    resolve_precision(args, world.device)
+    check_writable(Path(args.output_dir))
+
+
+def _check_arch(args: argparse.Namespace) -> None:
+    if not args.arch.startswith("timm/") and args.arch not in backbone_names():
+        raise UsageError(f"--arch {args.arch}: unknown architecture{nearest(args.arch, backbone_names())}")
+    if is_vision_transformer(args.arch) and 224 % args.patch_size:
+        raise UsageError(f"--patch_size {args.patch_size} does not divide 224 pixels; 8, 14, 16 and 32 do")
+
+
+def trajectory_options(args: argparse.Namespace) -> dict:
+    """The options that decide what a run computes, as plain values."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(vars(args).items()) if k not in FREE_OPTIONS}

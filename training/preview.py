@@ -1,0 +1,40 @@
+"""Pictures of what a network is shown and what it looks at."""
+
+import numpy as np
+import torch
+
+from data.preprocess import MEAN, STD
+
+
+def crops_grid(crops: list[torch.Tensor], images: int = 8, gap: int = 4) -> np.ndarray:
+    """Normalised crops of (batch, 3, height, width) -> uint8 (height, width, 3): one row per image, a column per crop."""
+    columns = [to_pixels(crop[:images]) for crop in crops]
+    rows, cell = columns[0].shape[0], max(column.shape[1] for column in columns)
+    sheet = np.full((rows * (cell + gap) + gap, sum(c.shape[2] + gap for c in columns) + gap, 3), 255, np.uint8)
+    left = gap
+    for column in columns:
+        _, height, width, _ = column.shape
+        for row, picture in enumerate(column):
+            top = gap + row * (cell + gap) + (cell - height) // 2
+            sheet[top : top + height, left : left + width] = picture
+        left += width + gap
+    return sheet
+
+
+def to_pixels(images: torch.Tensor) -> np.ndarray:
+    """Normalised (batch, 3, height, width) -> uint8 (batch, height, width, 3)."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    pixels = (images.float() * std + mean).clamp(0, 1).mul(255).round()
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def attention_pictures(backbone: torch.nn.Module, images: torch.Tensor) -> np.ndarray | None:
+    """Every image beside its class token's attention, one row each; None for a network without such attention."""
+    if not hasattr(backbone, "get_last_selfattention"):
+        return None
+    from visualize_attention import attention_maps, attention_sheet
+
+    with torch.no_grad():
+        maps = attention_maps(backbone, images)
+    sheets = [attention_sheet(picture, m) for picture, m in zip(to_pixels(images), maps, strict=True)]
+    return np.concatenate(sheets)
