@@ -208,8 +208,7 @@ class Block(nn.Module):
             return out + branch(x, groups)
         if isinstance(drop, torch.Tensor):
             return out + drop * branch(x, groups)
-        if not len(drop.rows):
-            return out
+        # with every sample dropped the branch still runs, on no rows: its weights must get a gradient of zero, not none
         y = branch(x.index_select(0, drop.rows), drop.groups)
         return out.index_add(0, drop.out_rows, y.to(out.dtype), alpha=drop.scale)
 

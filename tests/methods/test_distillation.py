@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from methods import distillation
+from methods.distillation import cross_view_loss, prototype_cross_entropy, teacher_probabilities
+
+
+def double_loop(z, weight, probs, temperature):
+    """The textbook form: one log-softmax for every pair of a teacher view with another student view."""
+    teacher_views, batch, _ = probs.shape
+    log_probs = (z @ weight.t() / temperature).log_softmax(dim=-1).unflatten(0, (-1, batch))
+    terms = [
+        -(probs[i] * log_probs[v]).sum(dim=-1).mean()
+        for i in range(teacher_views)
+        for v in range(log_probs.shape[0])
+        if v != i
+    ]
+    return sum(terms) / len(terms)
+
+
+def inputs(views, batch, prototypes, dim, dtype=torch.float64):
+    z = torch.nn.functional.normalize(torch.randn(views * batch, dim, dtype=dtype), dim=-1).requires_grad_()
+    weight = torch.nn.functional.normalize(torch.randn(prototypes, dim, dtype=dtype), dim=-1).requires_grad_()
+    probs = torch.randn(2, batch, prototypes, dtype=dtype).mul(4).softmax(dim=-1)
+    return z, weight, probs
+
+
+@pytest.mark.parametrize("views", [2, 3, 10])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("prototypes", [1, 2, 33])
+@pytest.mark.parametrize("chunk", [2**24, 70, 1])
+def test_cross_view_loss_and_its_gradients_equal_the_double_loop(views, batch, prototypes, chunk, monkeypatch):
+    monkeypatch.setattr(distillation, "CHUNK_ELEMENTS", chunk)
+    z, weight, probs = inputs(views, batch, prototypes, dim=5)
+    fast, slow = cross_view_loss(z, weight, probs, 0.1), double_loop(z, weight, probs, 0.1)
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    fast_grads, slow_grads = (torch.autograd.grad(3 * loss, [z, weight]) for loss in (fast, slow))
+    torch.testing.assert_close(fast_grads, slow_grads, rtol=1e-10, atol=1e-12)
+
+
+def test_rows_may_weigh_differently_and_repeat_a_target():
+    z, weight, _ = inputs(views=6, batch=1, prototypes=7, dim=4)
+    targets = torch.rand(3, 7, dtype=torch.float64)
+    rows, mass = torch.tensor([0, 1, 2, 2, 1, 0]), None
+    mass = targets.sum(dim=1)[rows]
+    row_weight = torch.tensor([0.5, 0.0, 2.0, 1.0, 1e-3, 1.0], dtype=torch.float64)
+    fast = prototype_cross_entropy(z, weight, targets, rows, row_weight, mass, 0.2)
+    log_probs = (z @ weight.t() / 0.2).log_softmax(dim=-1)
+    slow = -(row_weight[:, None] * targets[rows] * log_probs).sum()
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(loss, [z, weight]) for loss in (fast, slow)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+def test_only_the_gradient_that_is_asked_for_is_formed():
+    z, weight, probs = inputs(views=3, batch=2, prototypes=8, dim=4)
+    (alone,) = torch.autograd.grad(cross_view_loss(z.detach(), weight, probs, 0.1), [weight])
+    (together,) = torch.autograd.grad(cross_view_loss(z, weight, probs, 0.1), [weight])
+    torch.testing.assert_close(alone, together, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close_to_float32(dtype):
+    z, weight, probs = (t.detach().float().requires_grad_(t.requires_grad) for t in inputs(6, 4, 512, dim=32))
+    exact = cross_view_loss(z, weight, probs, 0.1)
+    exact_grads = torch.autograd.grad(exact, [z, weight])
+    with torch.autocast("cpu", dtype):
+        half = cross_view_loss(z, weight, probs, 0.1)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, exact, rtol=5e-3, atol=0)
+    for got, expected in zip(torch.autograd.grad(half, [z, weight]), exact_grads, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_perfect_student_pays_the_teachers_entropy():
+    probs = torch.randn(2, 3, 16, dtype=torch.float64).softmax(dim=-1)[:1].expand(2, -1, -1)
+    logits = probs.log().flatten(0, 1)[:3].repeat(4, 1)
+    loss = cross_view_loss(logits * 0.1, torch.eye(16, dtype=torch.float64), probs, 0.1)
+    torch.testing.assert_close(loss, torch.special.entr(probs[0]).sum(-1).mean(), rtol=1e-12, atol=0)
+
+
+def test_teacher_probabilities_are_computed_in_float32_or_better():
+    logits = torch.randn(4, 9)
+    assert teacher_probabilities(logits.bfloat16(), torch.zeros(1, 9), 0.04).dtype == torch.float32
+    assert teacher_probabilities(logits.double(), torch.zeros(1, 9).double(), 0.04).dtype == torch.float64
+    torch.testing.assert_close(teacher_probabilities(logits, torch.zeros(1, 9), 0.04).sum(-1), torch.ones(4))
