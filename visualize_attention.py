@@ -1,4 +1,3 @@
-import numpy as np
 
 
 def attention_maps(b, x):

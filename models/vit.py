@@ -73,7 +73,7 @@ def scale_samples(kept: np.ndarray, out_groups: Groups, rate: float, like: torch
 def first_tokens(x: torch.Tensor, groups: Groups, count: int) -> torch.Tensor:
     """The first ``count`` tokens of every sample: packed (rows, dim) -> packed (samples * count, dim)."""
     parts = [
-        part.view(samples, tokens, -1)[:, :count].reshape(samples * count, -1)
+        part.view(samples, tokens, x.shape[-1])[:, :count].flatten(0, 1)
         for part, (samples, tokens) in zip(x.split([b * t for b, t in groups]), groups, strict=True)
     ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -97,7 +97,7 @@ class Attention(nn.Module):
             ]
         else:
             parts = [attend(*qkv) for qkv in self._query_heads(x, groups, queries)]
-        rows = [out.transpose(1, 2).reshape(-1, x.shape[-1]) for out in parts]
+        rows = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in parts]
         return self.proj(torch.cat(rows) if len(rows) > 1 else rows[0])
 
     def weights(self, x: torch.Tensor, groups: Groups, queries: int | None = None) -> torch.Tensor:
@@ -127,7 +127,8 @@ class Attention(nn.Module):
         return rows.split([samples * tokens for samples, tokens in groups])
 
     def _heads(self, rows: torch.Tensor, samples: int, tokens: int, parts: int) -> tuple[torch.Tensor, ...]:
-        return rows.view(samples, tokens, parts, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        head_dim = rows.shape[-1] // (parts * self.num_heads)
+        return rows.view(samples, tokens, parts, self.num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class Mlp(nn.Module):

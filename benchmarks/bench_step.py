@@ -1,0 +1,232 @@
+"""One training step: this repository's against the plain formulation, and fp32 against bf16. Time and peak memory.
+
+    python benchmarks/bench_step.py                          ViT-S/16, 65536 prototypes, 2 x 224 + 8 x 96, batch 4
+    python benchmarks/bench_step.py --batch 64 --device cuda
+
+Both sides run alternately in one process under the same settings of the allocator, and must give the same loss.
+Memory is the peak of a fresh process per side. The floor is the time that the step's multiply-adds need at the rate of
+matrix products measured between the steps; work that stochastic depth drops is counted as if it were done.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import plain
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from methods import METHODS
+from methods.base import Clock, Method
+from training.optim import build_optimizer, optimizer_step, set_schedules
+from training.options import get_args_parser
+from training.precision import autocast, has_bf16
+from utils import Parser, UsageError, keep_large_blocks, run_cli
+
+CLIP = 3.0
+SHARES = ("forward", "backward", "clip", "optimiser", "EMA and centre")
+
+
+def get_bench_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--method", default="dino", choices=sorted(plain.FORWARD))
+    parser.add_argument("--arch", default="vit_small")
+    parser.add_argument("--patch_size", default=16, type=int)
+    parser.add_argument("--batch", default=4, type=int, help="images per step")
+    parser.add_argument("--local_crops_number", default=8, type=int)
+    parser.add_argument("--out_dim", default=65536, type=int)
+    parser.add_argument("--drop_path_rate", default=0.1, type=float)
+    parser.add_argument("--steps", default=5, type=int, help="timed steps per side, after one that is not")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--default_malloc", action="store_true", help="leave the C allocator as it is")
+    parser.add_argument("--side", choices=["plain", "fast"], help=argparse.SUPPRESS)
+    parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
+    return parser
+
+
+def build(args: argparse.Namespace) -> tuple[Method, list[torch.Tensor]]:
+    options = get_args_parser(METHODS[args.method]).parse_args([])
+    for name in ("arch", "patch_size", "local_crops_number", "out_dim", "drop_path_rate"):
+        setattr(options, name, getattr(args, name))
+    torch.manual_seed(0)
+    method = METHODS[args.method].build(options).to(args.device)
+    sizes = [224] * 2 + [96] * args.local_crops_number
+    return method, [torch.randn(args.batch, 3, size, size, device=args.device) for size in sizes]
+
+
+class Side:
+    """One formulation with its own weights; ``step`` returns the loss and the seconds of every phase."""
+
+    def __init__(self, name: str, method: Method, precision: str, device: torch.device):
+        self.name, self.method, self.precision, self.device = name, method, precision, device
+        groups = method.param_groups()
+        self.optimizer = plain.plain_optimizer(groups) if name == "plain" else build_optimizer("adamw", groups)
+        self.times: list[list[float]] = []
+
+    def step(self, crops: list[torch.Tensor], iteration: int) -> float:
+        clock = Clock(epoch=9, iteration=iteration, lr=1e-4, weight_decay=0.04, momentum=0.996)
+        marks = [self._now()]
+        set_schedules(self.optimizer, clock)
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.precision, self.device):
+            if self.name == "plain":
+                loss = plain.FORWARD[self.method.name](self.method, crops, clock)
+            else:
+                loss = self.method({"crops": crops}, clock)["loss"]
+        marks.append(self._now())
+        loss.backward()
+        marks.append(self._now())
+        if self.name == "plain":
+            plain.update(self.method, self.optimizer, CLIP, clock)
+            marks += [marks[-1], marks[-1]]
+        else:
+            self.method.clip_gradients(CLIP)
+            marks.append(self._now())
+            optimizer_step(self.optimizer, None, None)
+            marks.append(self._now())
+            self.method.after_step(clock, None)
+        marks.append(self._now())
+        self.times.append([b - a for a, b in itertools.pairwise(marks)])
+        return loss.item()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def phases(self) -> list[float]:
+        return [statistics.median(column) for column in zip(*self.times[1:], strict=True)]
+
+    def seconds(self) -> float:
+        return statistics.median(sum(times) for times in self.times[1:])
+
+
+def product_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Multiply-adds per second, times two, of a product of the shape of a ViT-S MLP."""
+    a, b = torch.randn(1576, 384, device=device, dtype=dtype), torch.randn(384, 1536, device=device, dtype=dtype)
+    repeats = 30 if device.type == "cpu" else 300
+    for _ in range(5):
+        a @ b
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return repeats * 2 * 1576 * 384 * 1536 / (time.perf_counter() - began)
+
+
+def necessary_flops(method: Method, crops: list[torch.Tensor]) -> float:
+    """Two per multiply-add of one step, nothing dropped."""
+    method = copy.deepcopy(method)
+    for module in method.modules():
+        if hasattr(module, "drop_path"):
+            module.drop_path = 0.0
+    with FlopCounterMode(display=False) as counter:
+        method({"crops": crops}, Clock(epoch=9, iteration=0))["loss"].backward()
+    return float(counter.get_total_flops())
+
+
+def compare(args: argparse.Namespace, precision: str, method: Method, crops: list[torch.Tensor]) -> tuple[Side, list]:
+    device = torch.device(args.device)
+    sides = [Side(name, copy.deepcopy(method), precision, device) for name in ("plain", "fast")]
+    rates = []
+    for iteration in range(args.steps + 1):
+        losses = []
+        for side in sides:
+            rates.append(product_rate(device))
+            losses.append(side.step(crops, iteration))
+        tolerance = 1e-4 if precision == "fp32" else 2e-2
+        if abs(losses[0] - losses[1]) > tolerance * abs(losses[0]):
+            raise UsageError(f"the two formulations disagree in step {iteration}: {losses[0]} and {losses[1]}")
+    return sides, rates
+
+
+def peak_memory(args: argparse.Namespace, side: str, precision: str) -> float:
+    """Megabytes at the peak of two steps of one side in a process of its own."""
+    command = [sys.executable, __file__, "--side", side, "--precision", precision]
+    for name in ("method", "arch", "patch_size", "batch", "local_crops_number", "out_dim", "drop_path_rate", "device"):
+        command += [f"--{name}", str(getattr(args, name))]
+    command += ["--default_malloc"] if args.default_malloc else []
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def peak_resident_bytes() -> float:
+    """Of this process alone; ``getrusage`` would report the parent's peak after a fork."""
+    status = Path("/proc/self/status").read_text()
+    return float(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def measure_memory(args: argparse.Namespace) -> int:
+    method, crops = build(args)
+    side = Side(args.side, method, args.precision, torch.device(args.device))
+    for iteration in range(2):
+        side.step(crops, iteration)
+    cuda = args.device.startswith("cuda")
+    peak = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
+    print(json.dumps(peak / 2**20))
+    return 0
+
+
+def main() -> int:
+    args = get_bench_parser().parse_args()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this machine shows no GPU")
+    if device.type == "cpu" and not args.default_malloc:
+        keep_large_blocks()
+    if args.side:
+        return measure_memory(args)
+
+    method, crops = build(args)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    print(
+        f"{args.method}, {args.arch}/{args.patch_size}, out_dim {args.out_dim}, batch {args.batch}, "
+        f"2 x 224 + {args.local_crops_number} x 96 pixels, drop path {args.drop_path_rate}"
+    )
+    print(
+        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"allocator {'as it is' if args.default_malloc else 'keeping large blocks'}"
+    )
+    flops = necessary_flops(method, crops)
+    print(f"{flops / 1e9:.0f} GFLOP per step\n")
+    print(
+        f"{'':6s} {'plain ms':>9s} {'fast ms':>9s} {'ratio':>6s} {'plain MB':>9s} {'fast MB':>8s} {'floor ms':>9s} "
+        f"{'fast/floor':>10s} {'clip+optimiser+EMA':>19s}"
+    )
+    fast_seconds = {}
+    for precision in ("fp32", "bf16"):
+        sides, rates = compare(args, precision, method, crops)
+        slow, fast = (side.seconds() for side in sides)
+        fast_seconds[precision] = fast
+        memory = [peak_memory(args, side, precision) for side in ("plain", "fast")]
+        phases = sides[1].phases()
+        rate = statistics.median(rates)
+        steps = [sum(times) for times in sides[1].times[1:]]
+        floor = flops / rate if precision == "fp32" else float("nan")
+        print(
+            f"{precision:6s} {slow * 1e3:9.0f} {fast * 1e3:9.0f} {slow / fast:6.2f} {memory[0]:9.0f} {memory[1]:8.0f} "
+            f"{floor * 1e3:9.0f} {fast / floor:10.2f} {sum(phases[2:]) / fast:18.1%}"
+        )
+        print(
+            "       fast: "
+            + ", ".join(f"{n} {s * 1e3:.0f}" for n, s in zip(SHARES, phases, strict=True))
+            + f" ms; steps {min(steps) * 1e3:.0f}-{max(steps) * 1e3:.0f}; "
+            f"products at {min(rates) / 1e9:.0f}-{max(rates) / 1e9:.0f} GFLOP/s"
+        )
+    native = "" if has_bf16(device) else " (emulated: this hardware has no bf16)"
+    print(f"\nbf16 is {fast_seconds['fp32'] / fast_seconds['bf16']:.2f}x as fast as fp32{native}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
