@@ -35,9 +35,8 @@ from training.dry_run import dry_run
 from training.monitor import Monitor
 from training.online_knn import OnlineKNN
 from training.optim import build_optimizer, optimizer_step, set_schedules
-from training.options import check_options, get_args_parser, parse_options
+from training.options import check_options, compare_with_presets, parse_options
 from training.precision import autocast, batch_dtype
-from training.presets import nearest_preset
 from training.preview import attention_pictures, crops_grid
 from utils import (
     RunStopped,
@@ -275,7 +274,7 @@ def describe(run: Run) -> None:
     )
     for name, value in sorted(vars(run.args).items()):
         log.info("%s: %s", name, value)
-    for line in nearest_preset(run.args, get_args_parser(type(run.method)), run.world.size):
+    for line in compare_with_presets(run.args, run.world.size):
         log.info("%s", line)
     log.info(
         "%s: %d images per step, %d steps per epoch, peak learning rate %.3g",

@@ -1,10 +1,10 @@
 """Checkpoints of a run: DINO's layout with plain types, written atomically, and a resumption that cannot go wrong.
 
-    student, teacher, dino_loss ...   the method's parts (``Method.checkpoint_parts``); student keys start with "module."
-    optimizer, fp16_scaler            as torch gives them
-    epoch                             the epoch to continue with
-    args                              the options, as a dict
-    tutelage                          what this repository adds: method, step within the epoch, meters, the data's identity
+    student, teacher, dino_loss   the method's parts (``Method.checkpoint_parts``); student keys start with "module."
+    optimizer, fp16_scaler        as torch gives them
+    epoch                         the epoch to continue with
+    args                          the options, as a dict
+    tutelage                      what this repository adds: method, step within the epoch, meters, identity of the data
 
 Nothing random is stored: order, crops and stochastic depth are functions of the seed and of where training stands.
 """

@@ -66,10 +66,9 @@ def saved_bytes(run, piece: dict, images: int) -> int:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        with autocast(run.args.precision, run.world.device):
-            losses = run.method(small, run.clock(0, 0))
-    del losses
+    keep = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with keep, autocast(run.args.precision, run.world.device):
+        run.method(small, run.clock(0, 0))
     return sum(seen.values())
 
 

@@ -10,7 +10,7 @@ from methods.base import Method
 from models import VITS, backbone_names, is_vision_transformer
 from training.optim import OPTIMIZERS
 from training.precision import PRECISIONS, has_bf16
-from training.presets import read_preset
+from training.presets import nearest_preset, read_preset
 from utils import Parser, UsageError, World, bool_flag, check_writable, nearest
 
 # Options that cannot change what a run computes, so that it may be continued with others. The batch may be divided
@@ -151,6 +151,12 @@ def _check_arch(args: argparse.Namespace) -> None:
         raise UsageError(f"--arch {args.arch}: unknown architecture{nearest(args.arch, backbone_names())}")
     if is_vision_transformer(args.arch) and 224 % args.patch_size:
         raise UsageError(f"--patch_size {args.patch_size} does not divide 224 pixels; 8, 14, 16 and 32 do")
+
+
+def compare_with_presets(args: argparse.Namespace, world_size: int) -> list[str]:
+    """What differs from the nearest preset, of the options that decide a result."""
+    ignored = FREE_OPTIONS | {"seed", "precision", "augment"}
+    return nearest_preset(args, get_args_parser(method_class(args.method)), world_size, ignored)
 
 
 def trajectory_options(args: argparse.Namespace) -> dict:

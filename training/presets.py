@@ -1,4 +1,4 @@
-"""Presets: one YAML file per published row, with the options that differ from the defaults and the result it reached."""
+"""Presets: one YAML file per published row, with the options that differ from the defaults and its result."""
 
 import argparse
 from dataclasses import dataclass, field
@@ -63,10 +63,10 @@ def read_preset(path: Path) -> Preset:
     return preset
 
 
-def nearest_preset(args: argparse.Namespace, parser: argparse.ArgumentParser, world_size: int) -> list[str]:
+def nearest_preset(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, world_size: int, ignored: set[str]
+) -> list[str]:
     """Lines that say which preset of the method is nearest, what it reached, and every option that differs from it."""
-    ignored = {"config", "output_dir", "data_path", "num_workers", "seed", "dist_url", "local_rank", "precision"}
-    ignored |= {"use_fp16", "batch_size_per_gpu", "accum_iter", "augment", "device", "knn_data", "dry_run", "replay"}
     best: tuple[int, Preset, list[str]] | None = None
     for path in sorted((CONFIGS / args.method).glob("*.yaml")):
         preset = read_preset(path)

@@ -7,7 +7,7 @@ from data.preprocess import MEAN, STD
 
 
 def crops_grid(crops: list[torch.Tensor], images: int = 8, gap: int = 4) -> np.ndarray:
-    """Normalised crops of (batch, 3, height, width) -> uint8 (height, width, 3): one row per image, a column per crop."""
+    """Normalised crops of (batch, 3, height, width) -> uint8 (height, width, 3); a row per image, a column per crop."""
     columns = [to_pixels(crop[:images]) for crop in crops]
     rows, cell = columns[0].shape[0], max(column.shape[1] for column in columns)
     sheet = np.full((rows * (cell + gap) + gap, sum(c.shape[2] + gap for c in columns) + gap, 3), 255, np.uint8)

@@ -1,0 +1,299 @@
+"""Whole runs on real processes: what a run ends with does not depend on how it was carried out."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import main_pretrain
+from methods.dino import DINO
+from tests.launch import assert_same_run, finish, load, make_images, run_here, start, wait_for_line
+from utils import RunStopped, UsageError
+
+SAVE_EVERY_STEP = {"save_every_minutes": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images, tmp_path_factory):
+    """The run that all others are compared with: one process, never stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    patch = pytest.MonkeyPatch()
+    run_here(patch, data_path=images, output_dir=folder)
+    patch.undo()
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["train_loss"] for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def test_training_moves_student_teacher_and_centre(uninterrupted):
+    state = load(uninterrupted)
+    assert state["epoch"] == 2
+    assert state["dino_loss"]["center"].abs().sum() > 0
+    assert not torch.equal(state["student"]["module.backbone.cls_token"], state["teacher"]["backbone.cls_token"])
+    assert len(losses(uninterrupted)) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"use_bn_in_head": "true"}], ids=["layer norm", "batch norm in the head"])
+def test_two_processes_equal_one_with_twice_the_batch(images, uninterrupted, tmp_path, monkeypatch, options):
+    reference = uninterrupted
+    if options:
+        reference = tmp_path / "one"
+        run_here(monkeypatch, data_path=images, output_dir=reference, **options)
+    folder = tmp_path / "two"
+    finish(start(nproc=2, data_path=images, output_dir=folder, batch_size_per_gpu=4, **options))
+    assert_same_run(reference, folder, rtol=1e-6, atol=1e-9)
+    assert losses(folder) == pytest.approx(losses(reference), rel=1e-9)
+
+
+@pytest.mark.parametrize("pieces", [2, 8])
+def test_accumulated_pieces_equal_the_whole_batch(images, uninterrupted, tmp_path, monkeypatch, pieces):
+    run_here(monkeypatch, data_path=images, output_dir=tmp_path, accum_iter=pieces)
+    assert_same_run(uninterrupted, tmp_path, rtol=1e-6, atol=1e-9)
+    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=1e-9)
+
+
+def test_recomputed_activations_and_loading_processes_change_no_bit(images, uninterrupted, tmp_path, monkeypatch):
+    run_here(monkeypatch, data_path=images, output_dir=tmp_path, grad_checkpointing=True, num_workers=2)
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_killed_within_an_epoch_and_started_again_ends_with_the_same_bits(images, uninterrupted, tmp_path, monkeypatch):
+    options = {"data_path": images, "output_dir": tmp_path, **SAVE_EVERY_STEP}
+    for line in ("[0/2]  [3/5]", "[1/2]  [1/5]"):
+        process = start(**options, num_workers=1)
+        wait_for_line(process, line)
+        process.kill()
+        process.wait()
+        assert load(tmp_path)["tutelage"]["step"] > 0
+    run_here(monkeypatch, **options, num_workers=2)
+    assert_same_run(uninterrupted, tmp_path)
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_killed_while_a_checkpoint_is_written_keeps_the_one_before(images, uninterrupted, tmp_path, monkeypatch):
+    dying = (
+        "import os, signal, sys, torch, main_pretrain\n"
+        "save, calls = torch.save, []\n"
+        "def half(state, file):\n"
+        "    save(state, file)\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3:\n"
+        "        file.flush(); file.truncate(file.tell() // 2); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "torch.save = half\n"
+        "main_pretrain.main()\n"
+    )
+    options = {"data_path": images, "output_dir": tmp_path, **SAVE_EVERY_STEP}
+    finish(start(script=["-c", dying], **options), code=-signal.SIGKILL)
+    assert load(tmp_path)["tutelage"]["step"] == 2
+    run_here(monkeypatch, **options)
+    assert_same_run(uninterrupted, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_after_the_step_and_the_exit_code_asks_for_a_restart(
+    images, uninterrupted, tmp_path, monkeypatch, name
+):
+    options = {"data_path": images, "output_dir": tmp_path}
+    process = start(**options)
+    wait_for_line(process, "[0/2]  [1/5]")
+    process.send_signal(getattr(signal, name))
+    output = finish(process, code=main_pretrain.EXIT_REQUEUE)
+    assert "stopped on request" in output and "Traceback" not in output
+    assert load(tmp_path)["tutelage"]["step"] >= 2
+    run_here(monkeypatch, **options)
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_two_processes_stopped_by_a_signal_are_continued_by_one(images, uninterrupted, tmp_path, monkeypatch):
+    options = {"data_path": images, "output_dir": tmp_path}
+    process = start(nproc=2, **options, batch_size_per_gpu=4)
+    wait_for_line(process, "[0/2]  [1/5]")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    state = load(tmp_path)["tutelage"]
+    assert (state["iteration"], state["global_batch"]) >= (2, 8)
+    run_here(monkeypatch, **options)
+    assert_same_run(uninterrupted, tmp_path, rtol=1e-6, atol=1e-9)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(images, uninterrupted, tmp_path, monkeypatch, caplog):
+    options = {"data_path": images, "output_dir": tmp_path, **SAVE_EVERY_STEP}
+    process = start(**options)
+    wait_for_line(process, "[1/2]  [2/5]")
+    process.kill()
+    process.wait()
+    latest = tmp_path / "checkpoint.pth"
+    os.truncate(latest, latest.stat().st_size // 2)
+    run_here(monkeypatch, **options)
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def poison(monkeypatch, iterations):
+    """Let the loss of these iterations be NaN."""
+    forward = DINO.forward
+
+    def poisoned(self, batch, clock):
+        losses = forward(self, batch, clock)
+        return {**losses, "loss": losses["loss"] * (math.nan if clock.iteration in iterations else 1.0)}
+
+    monkeypatch.setattr(DINO, "forward", poisoned)
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_and_is_written_down(images, tmp_path, monkeypatch):
+    seen = {}
+    after_step = DINO.after_step
+
+    def watch(self, clock, gate):
+        before = {name: value.clone() for name, value in self.state_dict().items()}
+        after_step(self, clock, gate)
+        seen[clock.iteration] = all(torch.equal(before[n], v) for n, v in self.state_dict().items() if n != "used")
+
+    monkeypatch.setattr(DINO, "after_step", watch)
+    poison(monkeypatch, {3, 4})
+    assert run_here(monkeypatch, data_path=images, output_dir=tmp_path) == 0
+    assert [iteration for iteration, unchanged in seen.items() if unchanged] == [3, 4]
+    state = load(tmp_path)
+    assert all(torch.isfinite(tensor).all() for tensor in state["teacher"].values())
+    assert all(math.isfinite(loss) for loss in losses(tmp_path))
+    assert [path.name for path in tmp_path.glob("nonfinite_*")] == ["nonfinite_0000003.pth"]
+    box = torch.load(tmp_path / "nonfinite_0000003.pth", weights_only=True)
+    assert len(box["indices"]) == 8 and box["nonfinite"]["iteration"] == 3
+
+    monkeypatch.undo()
+    assert run_here(monkeypatch, replay=tmp_path / "nonfinite_0000003.pth", output_dir=tmp_path) == 0
+
+
+def test_nan_on_one_process_skips_the_step_on_all(images, tmp_path):
+    poisoned = (
+        "import math, os, sys, main_pretrain\n"
+        "from methods.dino import DINO\n"
+        "forward = DINO.forward\n"
+        "def poisoned(self, batch, clock):\n"
+        "    losses = forward(self, batch, clock)\n"
+        "    bad = clock.iteration == 3 and os.environ['RANK'] == '1'\n"
+        "    return {**losses, 'loss': losses['loss'] * (math.nan if bad else 1.0)}\n"
+        "DINO.forward = poisoned\n"
+        "sys.exit(main_pretrain.main())\n"
+    )
+    script = tmp_path / "poisoned.py"
+    script.write_text(poisoned)
+    output = finish(start(nproc=2, script=[str(script)], data_path=images, output_dir=tmp_path, batch_size_per_gpu=4))
+    assert "not finite at iteration 3" in output
+    assert all(torch.isfinite(tensor).all() for tensor in load(tmp_path)["student"].values())
+
+
+def test_too_many_skipped_steps_stop_the_run_with_an_explanation(images, tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(2, 100)))
+    with pytest.raises(RunStopped, match="3 steps in a row were not finite"):
+        run_here(monkeypatch, data_path=images, output_dir=tmp_path, max_skipped=3)
+    assert load(tmp_path)["tutelage"]["step"] == 5
+    assert all(torch.isfinite(tensor).all() for tensor in load(tmp_path)["student"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.01}, r"--lr: 0.05 there, 0.01 here"),
+        ({"epochs": 3}, r"--epochs: 2 there, 3 here"),
+        ({"arch": "vit_tiny"}, "holds vit_micro, this run trains vit_tiny"),
+        ({"batch_size_per_gpu": 4}, "images per step: 8 there, 4 here"),
+        ({"subset": 3, "batch_size_per_gpu": 8}, "images: 40 there, 12 here"),
+    ],
+)
+def test_another_run_in_the_folder_is_refused(images, uninterrupted, monkeypatch, options, message):
+    before = (uninterrupted / "checkpoint.pth").read_bytes()
+    with pytest.raises(UsageError, match=message):
+        run_here(monkeypatch, **{"data_path": images, "output_dir": uninterrupted, **options})
+    assert (uninterrupted / "checkpoint.pth").read_bytes() == before
+
+
+def test_changes_can_be_accepted(images, uninterrupted, tmp_path, monkeypatch):
+    for name in ("checkpoint.pth", "log.txt"):
+        (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
+    run_here(monkeypatch, data_path=images, output_dir=tmp_path, epochs=3, accept_changes=True)
+    assert load(tmp_path)["epoch"] == 3
+    assert len(losses(tmp_path)) == 3
+
+
+def test_a_checkpoint_of_another_method_is_refused(images, uninterrupted, tmp_path, monkeypatch):
+    state = load(uninterrupted)
+    state["tutelage"]["method"] = "mugs"
+    torch.save(state, tmp_path / "checkpoint.pth")
+    with pytest.raises(UsageError, match="belongs to a mugs run, this is dino"):
+        run_here(monkeypatch, data_path=images, output_dir=tmp_path)
+
+
+def test_a_full_disk_ends_in_one_line_and_the_old_checkpoint_survives(images, tmp_path):
+    limited = (
+        "import resource, signal, main_pretrain, utils\n"
+        "import training.checkpointing as checkpointing\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "save, calls = checkpointing.save_torch, []\n"
+        "def tight(state, path):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
+        "    save(state, path)\n"
+        "checkpointing.save_torch = tight\n"
+        "utils.run_cli(main_pretrain.main)\n"
+    )
+    options = {"data_path": images, "output_dir": tmp_path, **SAVE_EVERY_STEP}
+    output = finish(start(script=["-c", limited], **options), code=2)
+    assert "error: cannot save" in output and "Traceback" not in output
+    assert load(tmp_path)["tutelage"]["step"] == 2
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_bf16_trains_and_resumes_bit_for_bit(images, tmp_path, monkeypatch):
+    options = {"data_path": images, "precision": "bf16"}
+    run_here(monkeypatch, output_dir=tmp_path / "whole", **options)
+    poison(monkeypatch, set())
+    save = main_pretrain.save_or_stop
+
+    def stop_once(run, epoch, step, stop):
+        save(run, epoch, step, stop=(epoch, step) == (1, 2))
+
+    monkeypatch.setattr(main_pretrain, "save_or_stop", stop_once)
+    with pytest.raises(RunStopped):
+        run_here(monkeypatch, output_dir=tmp_path / "parts", **options)
+    monkeypatch.setattr(main_pretrain, "save_or_stop", save)
+    run_here(monkeypatch, output_dir=tmp_path / "parts", **options)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "timm/xcit_nano_12_p16_224"])
+def test_library_backbones_train_and_resume_bit_for_bit(images, tmp_path, monkeypatch, arch):
+    options = {"data_path": images, "arch": arch, "precision": "fp32", "epochs": 1, "warmup_epochs": 0}
+    run_here(monkeypatch, output_dir=tmp_path / "whole", **options)
+    process = start(output_dir=tmp_path / "parts", **options, **SAVE_EVERY_STEP)
+    wait_for_line(process, "[2/5]")
+    process.kill()
+    process.wait()
+    run_here(monkeypatch, output_dir=tmp_path / "parts", **options)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_dry_run_trains_nothing_and_shows_what_would_be_seen(images, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "tutelage")
+    assert run_here(monkeypatch, data_path=images, output_dir=tmp_path, dry_run=True) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first_batch.png"]
+    for text in ("parameters of the student", "predicted memory", "opened 40 of 40, 0 unreadable"):
+        assert text in caplog.text
+
+
+def test_every_command_ends_in_one_line_when_it_is_refused(images, tmp_path):
+    output = finish(start(data_path=tmp_path / "nowhere", output_dir=tmp_path / "out"), code=2)
+    assert output.startswith("error: ") and output.count("\n") == 1 and "nowhere" in output
+    assert not (tmp_path / "out").exists()

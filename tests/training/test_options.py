@@ -1,0 +1,167 @@
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from methods import METHODS
+from training.options import (
+    FREE_OPTIONS,
+    check_options,
+    compare_with_presets,
+    get_args_parser,
+    parse_options,
+    trajectory_options,
+)
+from training.presets import CONFIGS, read_preset
+from utils import UsageError, World
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+# A new option is a decision: it is added here, to the README or the help, and to FREE_OPTIONS if it changes no number.
+OPTIONS = {
+    "dino": """
+        accept_changes accum_iter arch augment batch_size_per_gpu clip_grad compile config data_path deterministic
+        device dist_url drop_path_rate dry_run epochs freeze_last_layer global_crops_scale global_crops_size grad_checkpointing
+        knn_data knn_every knn_per_class local_crops_number local_crops_scale local_crops_size local_rank lr
+        max_bad_images max_skipped method min_lr momentum_teacher norm_last_layer num_workers optimizer out_dim
+        output_dir patch_size precision print_freq replay save_every_minutes saveckp_freq seed subset teacher_temp
+        use_bn_in_head use_fp16 warmup_epochs warmup_teacher_temp warmup_teacher_temp_epochs weight_decay
+        weight_decay_end
+    """
+}
+DEFAULTS_OF_THE_ORIGINAL = {
+    "arch": "vit_small",
+    "patch_size": 16,
+    "out_dim": 65536,
+    "norm_last_layer": True,
+    "momentum_teacher": 0.996,
+    "use_bn_in_head": False,
+    "warmup_teacher_temp": 0.04,
+    "teacher_temp": 0.04,
+    "warmup_teacher_temp_epochs": 0,
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.4,
+    "clip_grad": 3.0,
+    "batch_size_per_gpu": 64,
+    "epochs": 100,
+    "freeze_last_layer": 1,
+    "lr": 0.0005,
+    "warmup_epochs": 10,
+    "min_lr": 1e-6,
+    "optimizer": "adamw",
+    "drop_path_rate": 0.1,
+    "global_crops_scale": (0.4, 1.0),
+    "local_crops_number": 8,
+    "local_crops_scale": (0.05, 0.4),
+    "output_dir": ".",
+    "saveckp_freq": 20,
+    "seed": 0,
+    "num_workers": 10,
+    "dist_url": "env://",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_list_of_options_is_the_one_that_was_decided(method):
+    names = {action.dest for action in get_args_parser(METHODS[method])._actions} - {"help"}
+    assert sorted(names) == sorted(OPTIONS[method].split())
+    assert names > FREE_OPTIONS
+
+
+def test_defaults_are_those_of_the_original():
+    args = vars(parse_options([]))
+    assert {name: args[name] for name in DEFAULTS_OF_THE_ORIGINAL} == DEFAULTS_OF_THE_ORIGINAL
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_is_read_by_its_methods_parser(path):
+    args = parse_options(["--method", path.parent.name, "--config", str(path)])
+    preset = read_preset(path)
+    assert preset.expected, "a preset says what the published run reached"
+    for name, (value, _) in preset.options.items():
+        got = getattr(args, name)
+        assert (list(got) if isinstance(got, tuple) else got) == value, name
+    assert len(path.read_text().splitlines()) <= 40
+
+
+def test_the_command_line_overrides_a_preset():
+    path = str(CONFIGS / "dino" / "boosted.yaml")
+    assert parse_options(["--config", path]).epochs == 300
+    assert parse_options(["--config", path, "--epochs", "7"]).epochs == 7
+    assert parse_options(["--epochs", "7", "--config", path]).epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 0.1\nepocs: 3\n", r"line 2: unknown option 'epocs'; did you mean epochs\?"),
+        ("lr: fast\n", r"line 1: argument --lr: invalid float value: 'fast'"),
+        ("optimizer: adam\n", "line 1: argument --optimizer: invalid choice: 'adam'"),
+        ("- a list\n", "expected lines of the form"),
+        ("a: [\n", "not YAML"),
+        ("method: mugs\n", "preset of mugs"),
+    ],
+)
+def test_a_faulty_preset_is_answered_with_its_line_and_key(tmp_path, text, message):
+    path = tmp_path / "faulty.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        parse_options(["--method", "dino", "--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--arch vit_smal", r"--arch vit_smal: .* did you mean vit_small\?"),
+        ("--method dinno", r"--method dinno: .* did you mean dino\?"),
+        ("--lrr 1", r"unknown option --lrr; did you mean --lr\?"),
+        ("--lr much", "invalid float value: 'much'"),
+        ("--patch_size 15", "--patch_size 15 does not divide 224"),
+        ("--patch_size 16 --local_crops_size 40", "does not divide --local_crops_size 40; nearest 32 or 48"),
+        ("--local_crops_size 8", "--local_crops_size 8 is smaller than one patch of 16"),
+        ("--out_dim 0", "--out_dim 0: a head needs"),
+        ("--warmup_epochs 101", "--warmup_epochs 101 is longer than --epochs 100"),
+        ("--warmup_teacher_temp_epochs 101", "--warmup_teacher_temp_epochs 101 is longer"),
+        ("--batch_size_per_gpu 63 --accum_iter 2", "must divide; nearest 62 or 64"),
+        ("--batch_size_per_gpu 0", "--batch_size_per_gpu 0: must be at least 1"),
+        ("--local_crops_number -1", "--local_crops_number -1: must be 0"),
+        ("--global_crops_scale 0.9 0.4", "--global_crops_scale 0.9 0.4"),
+        ("--drop_path_rate 1", "--drop_path_rate 1.0: must be in"),
+        ("--teacher_temp 0", "--teacher_temp 0.0: a temperature must be positive"),
+        ("--subset 0", "--subset 0"),
+        ("--use_fp16 true", "fp16 training needs a GPU"),
+        ("--precision fp16", "fp16 training needs a GPU"),
+        ("--use_fp16 false --precision bf16", "--use_fp16 False contradicts --precision bf16"),
+        ("--use_fp16 maybe", "'maybe' is neither true nor false"),
+        ("--config nowhere.yaml", "--config nowhere.yaml: No such file"),
+        ("--output_dir /dev/null/out", "--output_dir /dev/null/out: /dev/null is a file"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(argv, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        check_options(parse_options(argv.split()), ALONE)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_local_crops_is_a_valid_choice():
+    check_options(parse_options(["--local_crops_number", "0", "--local_crops_size", "1"]), ALONE)
+
+
+def test_what_changes_no_number_may_change_when_a_run_is_continued():
+    one = parse_options(["--num_workers", "1", "--batch_size_per_gpu", "8", "--output_dir", "a"])
+    two = parse_options(["--num_workers", "2", "--batch_size_per_gpu", "4", "--output_dir", "b", "--accum_iter", "2"])
+    assert trajectory_options(one) == trajectory_options(two)
+    assert trajectory_options(one) != trajectory_options(parse_options(["--lr", "1"]))
+
+
+def test_the_nearest_preset_is_named_with_its_result_and_every_difference():
+    args = parse_options(["--epochs", "300", "--teacher_temp", "0.07", "--warmup_teacher_temp_epochs", "30"])
+    lines = compare_with_presets(args, world_size=16)
+    assert "boosted.yaml" in lines[0] and "73.3" in lines[0]
+    assert lines[1:] == ["  norm_last_layer: True (preset False)"]
+
+
+def test_presets_keep_to_one_value_per_line():
+    for path in CONFIGS.glob("*/*.yaml"):
+        assert yaml.safe_load(Path(path).read_text())
