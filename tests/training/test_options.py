@@ -22,7 +22,8 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 OPTIONS = {
     "dino": """
         accept_changes accum_iter arch augment batch_size_per_gpu clip_grad compile config data_path deterministic
-        device dist_url drop_path_rate dry_run epochs freeze_last_layer global_crops_scale global_crops_size grad_checkpointing
+        device dist_url drop_path_rate dry_run epochs freeze_last_layer global_crops_scale global_crops_size
+        grad_checkpointing
         knn_data knn_every knn_per_class local_crops_number local_crops_scale local_crops_size local_rank lr
         max_bad_images max_skipped method min_lr momentum_teacher norm_last_layer num_workers optimizer out_dim
         output_dir patch_size precision print_freq replay save_every_minutes saveckp_freq seed subset teacher_temp

@@ -1,0 +1,133 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from utils import (
+    Parser,
+    UsageError,
+    bool_flag,
+    check_writable,
+    cosine_scheduler,
+    init_world,
+    make_folder,
+    run_cli,
+    save_atomically,
+    save_torch,
+    warmup_scheduler,
+)
+
+
+def test_the_cosine_begins_with_its_warm_up_and_never_reaches_its_end():
+    values = cosine_scheduler(1.0, 0.1, epochs=10, niter_per_ep=5, warmup_epochs=2)
+    assert len(values) == 50
+    assert values[0] == 0.0
+    assert values[9] == values[10] == 1.0, "the peak stands on both sides of the junction"
+    assert 0.1 < values[-1] < 0.11
+    assert np.all(np.diff(values[10:]) < 0)
+
+
+def test_a_warm_up_as_long_as_training_is_all_there_is():
+    assert np.array_equal(cosine_scheduler(1.0, 0.0, 2, 3, warmup_epochs=2), np.linspace(0, 1, 6))
+    assert np.array_equal(warmup_scheduler(0.0, 1.0, 3, 3), [0.0, 0.5, 1.0])
+
+
+def test_schedules_without_warm_up_are_constant_or_cosine():
+    assert np.array_equal(warmup_scheduler(0.04, 0.07, 0, 3), [0.07] * 3)
+    assert cosine_scheduler(0.996, 1.0, 1, 4)[0] == 0.996
+
+
+def test_a_warm_up_longer_than_training_is_refused():
+    with pytest.raises(ValueError, match="longer than the 2 epochs"):
+        cosine_scheduler(1, 0, 2, 5, warmup_epochs=3)
+    with pytest.raises(ValueError, match="3 epochs is longer"):
+        warmup_scheduler(1, 0, 3, 2)
+
+
+@pytest.mark.parametrize(("text", "value"), [("on", True), ("TRUE", True), ("1", True), ("Off", False), ("0", False)])
+def test_booleans_are_read_as_the_originals_read_them(text, value):
+    assert bool_flag(text) is value
+
+
+def test_help_shows_defaults(capsys):
+    parser = Parser()
+    parser.add_argument("--size", default=7, help="pixels")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    assert "pixels (default: 7)" in capsys.readouterr().out
+
+
+def test_a_usage_error_is_one_line_and_exit_code_2(capsys):
+    def main():
+        raise UsageError("--x 3: too large; use 2")
+
+    with pytest.raises(SystemExit) as caught:
+        run_cli(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: --x 3: too large; use 2\n"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_is_saved_loads_without_pickle(tmp_path):
+    save_torch({"a": torch.ones(2), "b": [1, "x"]}, tmp_path / "file.pth")
+    loaded = torch.load(tmp_path / "file.pth", weights_only=True)
+    assert torch.equal(loaded["a"], torch.ones(2)) and loaded["b"] == [1, "x"]
+
+
+def test_folders_that_cannot_be_made_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        check_writable(tmp_path / "file" / "out")
+    with pytest.raises(UsageError, match="cannot be made"):
+        make_folder(tmp_path / "file" / "out")
+    check_writable(tmp_path / "deep" / "er")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UsageError, match="shows no GPU"):
+        init_world("cuda")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=r"--nproc_per_node 4: this node has 2 GPU\(s\)"):
+        init_world("auto")
+
+
+def test_tasks_of_srun_find_their_place():
+    code = (
+        "from utils import init_world; w = init_world('cpu'); print(w.rank, w.size, w.local_rank);"
+        "import torch.distributed as d; d.destroy_process_group()"
+    )
+    env = {**os.environ, "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": "29611"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**env, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    assert [task.communicate(timeout=60)[0].split() for task in tasks] == [["0", "2", "0"], ["1", "2", "1"]]

@@ -1,0 +1,80 @@
+import json
+
+import pytest
+import torch
+
+from methods.base import Clock
+from training.monitor import Meter, Monitor
+from utils import World
+
+
+def monitor(folder, rank=0):
+    return Monitor(folder, 2, 3, 1, 8, World(rank, 1, 0, torch.device("cpu")))
+
+
+def record(m, epoch, values, health=None):
+    for step, loss in enumerate(values):
+        clock = Clock(epoch, epoch * 3 + step, lr=0.1, weight_decay=0.4)
+        m.step({"loss": torch.tensor(loss)}, {"centre_norm": torch.tensor(1.0)}, clock, waited=0.0)
+
+
+def test_log_txt_begins_with_the_keys_of_the_original(tmp_path):
+    m = monitor(tmp_path)
+    m.open(0, 0)
+    record(m, 0, [1.0, 2.0, 3.0])
+    m.end_epoch(0, {"knn10_top1": 50.0})
+    m.close()
+    line = json.loads((tmp_path / "log.txt").read_text())
+    assert list(line)[:4] == ["train_loss", "train_lr", "train_wd", "epoch"]
+    assert (line["train_loss"], line["epoch"], line["knn10_top1"]) == (2.0, 0, 50.0)
+    assert line["train_wd"] == pytest.approx(0.4)
+
+
+def test_skipped_steps_do_not_enter_the_average(tmp_path):
+    m = monitor(tmp_path)
+    m.open(0, 0)
+    record(m, 0, [1.0, float("nan"), 3.0])
+    assert m.end_epoch(0, {})["train_loss"] == 2.0
+
+
+def test_lines_of_epochs_that_will_be_repeated_are_removed(tmp_path):
+    (tmp_path / "log.txt").write_text('{"train_loss": 1, "epoch": 0}\n{"train_loss": 2, "epoch": 1}\n')
+    monitor(tmp_path).open(1, 2)
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0]
+
+
+def test_an_interrupted_epoch_has_the_average_of_a_whole_one(tmp_path):
+    first, second = monitor(tmp_path, rank=1), monitor(tmp_path, rank=1)
+    record(first, 0, [1.0, 2.0])
+    second.load_state_dict(first.state_dict())
+    record(second, 0, [6.0])
+    assert second.end_epoch(0, {})["train_loss"] == 3.0
+
+
+def test_tensorboard_shows_losses_schedules_health_and_speed(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    m = monitor(tmp_path)
+    m.open(0, 0)
+    record(m, 0, [1.0, 2.0, 3.0])
+    m.end_epoch(0, {"knn10_top1": 50.0})
+    m.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {"train/loss", "schedule/lr", "schedule/weight_decay", "schedule/momentum", "health/centre_norm"}
+    assert tags >= {"speed/images_per_second", "speed/data_wait_share", "speed/max_memory_mb", "epoch/knn10_top1"}
+
+
+def test_a_problem_is_said_once_per_epoch(tmp_path, caplog):
+    m = monitor(tmp_path)
+    for _ in range(3):
+        m.warn({"flat loss": "the loss stays"})
+    assert caplog.text.count("the loss stays") == 1
+
+
+def test_a_meter_shows_the_median_of_the_last_values_and_the_mean_of_all():
+    meter = Meter()
+    for value in range(100):
+        meter.add(float(value))
+    assert (meter.median, meter.mean) == (89.0, 49.5)
