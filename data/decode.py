@@ -1,0 +1,98 @@
+"""Image files to RGB with 8 bits per channel.
+
+``decode_pil`` is what the original pipelines do, ``decode_array`` the same pixels sooner: plain JPEG files go through
+OpenCV, everything else through Pillow. Conventions, where a file leaves a choice:
+
+- 16 bits per channel are scaled to 8 (Pillow alone would clip grey images); 32-bit and float images too, see _to_uint8;
+- transparency is dropped, not blended, as Pillow's ``convert("RGB")`` does;
+- EXIF orientation is ignored and of an animation the first frame is taken, as the original pipelines do.
+
+Whatever is wrong with a file raises BadImage, with the reason in one line.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+# Remarks on metadata and on sizes that are still accepted would be printed by every worker
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
+
+
+class BadImage(Exception):
+    """An image that cannot be read: ``name`` says which one, ``reason`` why, in one line."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def decode_pil(data: bytes, name: str) -> Image.Image:
+    """The image in ``data`` in Pillow's mode RGB. Raises BadImage."""
+    with _bad_image_on_error(data, name):
+        return _to_rgb(Image.open(io.BytesIO(data)))
+
+
+def decode_array(data: bytes, name: str) -> np.ndarray:
+    """The same pixels as ``decode_pil``, (height, width, 3) uint8. Raises BadImage."""
+    with _bad_image_on_error(data, name):
+        image = Image.open(io.BytesIO(data))  # reads the header and refuses decompression bombs
+        # OpenCV does not tell when the end of a file is missing; Pillow judges those that do not end as they should
+        if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and data.endswith(_JPEG_END):
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+            if pixels is not None:
+                return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+        return np.array(_to_rgb(image))
+
+
+_JPEG_END = b"\xff\xd9"
+
+
+@contextmanager
+def _bad_image_on_error(data: bytes, name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # damaged bytes make decoders raise almost anything
+        if not data:
+            reason = "the file is empty"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = "not an image in a known format"
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = f"refused, since it may be a decompression bomb: {error}"
+        else:
+            reason = f"{type(error).__name__}: {error}"
+        raise BadImage(name, " ".join(reason.split())) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(_to_uint8(image, white=65535)).convert("RGB")
+    if image.mode in ("I", "F"):
+        # older versions of Pillow open 16-bit PNG files as 32-bit integers
+        return Image.fromarray(_to_uint8(image, white=65535 if image.format == "PNG" else None)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # spares a warning per image; the colours are the same
+    return image.convert("RGB")
+
+
+def _to_uint8(image: Image.Image, white: float | None) -> np.ndarray:
+    """Scale so that ``white`` becomes 255.
+
+    32-bit and float files do not say what white is. The smallest of 1 (floats only), 255 and 65535 that no value
+    exceeds is taken, above these the largest value; negative values are black. Raises ValueError for NaN.
+    """
+    values = np.asarray(image, np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("holds values that are not finite")
+    if white is None:
+        common = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+        white = next((value for value in common if values.max() <= value), values.max())
+    return np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8)
