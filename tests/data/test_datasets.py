@@ -1,0 +1,295 @@
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from data.datasets import BadImage, open_source
+from tests.data.helpers import encoded, photograph, write_folder, write_image
+from utils import UsageError
+
+CLASS_FOLDERS = [
+    "n02/b.JPEG",
+    "n02/a.png",
+    "n02/a-b/1.png",  # sorts before a/2.png as a string, after it as a path
+    "n02/a/2.png",
+    "n02/Z.webp",
+    "n01/10.jpg",
+    "n01/9.jpg",
+    "n01-x/1.ppm",
+    "N03/deep/deeper/1.tif",
+    "n04/1.bmp",
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def names(source) -> list[str]:
+    return [source.image_name(i) for i in range(len(source))]
+
+
+def pixels(source) -> list[np.ndarray]:
+    images = [source.array(i) for i in range(len(source))]
+    assert all(np.array_equal(image, source.pil(i)) for i, image in enumerate(images))
+    return images
+
+
+def error(*args, **kwargs) -> str:
+    with pytest.raises(UsageError) as caught:
+        open_source(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+def test_class_folders_have_the_order_and_labels_of_imagefolder(tmp_path):
+    root = write_folder(tmp_path / "train", CLASS_FOLDERS)
+    (root / "n01" / "notes.txt").write_text("no image")
+    source, reference = open_source(str(root)), ImageFolder(root)
+    assert list(zip(names(source), source.labels.tolist(), strict=True)) == reference.samples
+    assert source.class_names == reference.classes
+    assert source.name == f"{root} (10 images, 5 classes)"
+    assert all(np.array_equal(source.array(i), image) for i, (image, _) in enumerate(reference))
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    root = write_folder(tmp_path / "train", ["a/1.png", "b/1.png"])
+    write_image(tmp_path / "elsewhere" / "2.png")
+    (root / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "b" / "circle").symlink_to(root / "b")
+    source = open_source(str(root))
+    assert str(root / "a/linked/2.png") in names(source)
+    assert len(source) < 10
+
+
+def test_a_folder_with_images_of_its_own_has_no_classes(tmp_path):
+    root = write_folder(tmp_path / "photos", ["2020/a.png", "b.png", "2019/summer/c.png"])
+    source = open_source(str(root))
+    assert names(source) == [str(root / name) for name in ("b.png", "2019/summer/c.png", "2020/a.png")]
+    assert source.labels.tolist() == [-1, -1, -1] and source.class_names == []
+    assert source.name == f"{root} (3 images)"
+
+
+def test_folders_without_images_are_no_classes_and_are_named(tmp_path, caplog):
+    root = write_folder(tmp_path / "train", ["b/1.png", "c/1.png"])
+    (root / ".ipynb_checkpoints").mkdir()
+    assert open_source(str(root)).class_names == ["b", "c"]
+    assert ".ipynb_checkpoints" in caplog.text
+
+
+def test_names_that_are_not_unicode_can_be_read(tmp_path):
+    write_image(tmp_path / "train" / "a" / "1.png")
+    os.rename(tmp_path / "train/a/1.png", os.fsencode(tmp_path / "train/a") + b"/\xff.png")
+    assert open_source(str(tmp_path / "train")).array(0).shape == (24, 32, 3)
+
+
+def test_a_folder_without_images_names_what_it_holds(tmp_path):
+    for name in "hcbgadf":
+        (tmp_path / f"{name}.txt").write_text("")
+    message = error(str(tmp_path))
+    assert str(tmp_path) in message and "a.txt, b.txt, c.txt, d.txt, f.txt;" in message and "g.txt" not in message
+    (tmp_path / "empty").mkdir()
+    assert "it is empty" in error(str(tmp_path / "empty"))
+
+
+def test_a_missing_path_says_which_part_is_missing(tmp_path):
+    assert error(str(tmp_path / "x")) == f"--data_path {tmp_path / 'x'}: no such path"
+    assert f"{tmp_path / 'x'} does not exist" in error(str(tmp_path / "x/y/z"))
+
+
+# ---- lists ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_holds_relative_and_absolute_paths(tmp_path):
+    write_folder(tmp_path, ["sub/one.png", "two words.png", "elsewhere/3.png"])
+    text = f"sub/one.png\r\n\ntwo words.png\n{tmp_path / 'elsewhere/3.png'}"
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    source = open_source(str(tmp_path / "list.txt"))
+    assert names(source) == [str(tmp_path / name) for name in ("sub/one.png", "two words.png", "elsewhere/3.png")]
+    assert source.labels.tolist() == [-1, -1, -1]
+    assert len(pixels(source)) == 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "class_names"),
+    [
+        (["3", "0", "3"], [3, 0, 3], ["0", "1", "2", "3"]),
+        (["dog", "cat", "dog"], [1, 0, 1], ["cat", "dog"]),
+        (["dog", None, "7"], [1, -1, 0], ["7", "dog"]),
+        (["-1", "2", "2"], [0, 1, 1], ["-1", "2"]),
+    ],
+)
+def test_a_list_may_have_labels(tmp_path, labels, numbers, class_names):
+    lines = [f"{i}.png" + ("" if label is None else f"\t{label}") for i, label in enumerate(labels)]
+    (tmp_path / "list.tsv").write_text("\n".join(lines))
+    source = open_source(str(tmp_path / "list.tsv"))
+    assert (source.labels.tolist(), source.class_names) == (numbers, class_names)
+
+
+def test_a_listed_file_that_is_missing_shows_when_it_is_read(tmp_path):
+    (tmp_path / "list.txt").write_text("gone.png\n")
+    source = open_source(str(tmp_path / "list.txt"))
+    with pytest.raises(BadImage, match="No such file") as caught:
+        source.array(0)
+    assert caught.value.name == str(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "is empty"), (b"\n \n", "is empty"), (b"ELF\0\1\2", "neither a folder")]
+)
+def test_what_is_no_list_is_refused(tmp_path, content, message):
+    (tmp_path / "list").write_bytes(content)
+    assert message in error(str(tmp_path / "list"))
+
+
+def test_a_list_that_changed_is_read_again(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("a.png")
+    assert len(open_source(str(path))) == 1
+    path.write_text("a.png\nb.png")
+    assert len(open_source(str(path))) == 2
+
+
+# ---- zip ------------------------------------------------------------------------------------------------------------
+
+
+def make_zip(path: Path, names: list[str], prefix: bytes = b"", **options) -> dict[str, np.ndarray]:
+    images = {name: photograph(seed, 24, 32) for seed, name in enumerate(names)}
+    path.write_bytes(prefix)
+    with zipfile.ZipFile(path, "a", **options) as archive:
+        for name, image in images.items():
+            archive.writestr(name, encoded(image))
+    return images
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("prefix", [b"", b"#!/bin/sh\n"])
+def test_images_are_read_from_a_zip_with_classes_from_its_folders(tmp_path, method, prefix):
+    path = tmp_path / "data.zip"
+    images = make_zip(path, ["train/dog/b.png", "train/dog/a.png", "train/cat/1.png"], prefix, compression=method)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("train/readme.txt", "x")
+        archive.writestr("__MACOSX/train/dog/._b.png", "x")
+        archive.mkdir("train/empty.png")
+    source = open_source(str(path))
+    inner = ["train/cat/1.png", "train/dog/a.png", "train/dog/b.png"]
+    assert names(source) == [f"{path}/{name}" for name in inner]
+    assert (source.labels.tolist(), source.class_names) == ([0, 1, 1], ["cat", "dog"])
+    assert all(np.array_equal(image, images[name]) for image, name in zip(pixels(source), inner, strict=True))
+    assert sorted(os.listdir(tmp_path)) == ["cache", "data.zip"]  # nothing was unpacked
+    assert np.array_equal(pickle.loads(pickle.dumps(source)).array(1), source.array(1))
+
+
+@pytest.mark.parametrize(
+    ("inner", "labels"),
+    [
+        (["a.png", "b.png"], [-1, -1]),
+        (["a/1.png", "b/2.png"], [0, 1]),
+        (["a/1.png", "a/2.png"], [0, 0]),
+        (["x/1.png", "x/a/2.png"], [0, 0]),
+        (["x/y/a/1.png", "x/y/b/c/2.png"], [0, 1]),
+    ],
+)
+def test_a_zip_has_the_classes_below_the_folders_that_all_its_images_share(tmp_path, inner, labels):
+    make_zip(tmp_path / "z.zip", inner)
+    assert open_source(str(tmp_path / "z.zip")).labels.tolist() == labels
+
+
+def test_a_zip_opened_before_a_fork_is_opened_anew_after_it(tmp_path):
+    make_zip(tmp_path / "z.zip", [f"{i}.png" for i in range(4)])
+    source = open_source(str(tmp_path / "z.zip"))
+    expected = pixels(source)
+    opened = source._archive
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        same = all(np.array_equal(a, b) for a, b in zip(pixels(source), expected, strict=True))
+        os.write(writer, b"1" if same and source._archive is not opened else b"0")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 1) == b"1"
+    assert source._archive is opened
+
+
+def test_a_damaged_zip_entry_is_a_bad_image(tmp_path):
+    path = tmp_path / "z.zip"
+    make_zip(path, ["a.png", "b.png"])
+    source = open_source(str(path))
+    data = bytearray(path.read_bytes())
+    data[60] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(BadImage, match="damaged"):
+        source.array(0)
+    path.write_bytes(data[:100])
+    with pytest.raises(BadImage):
+        source.array(1)
+
+
+def test_what_is_no_zip_or_cannot_be_read_in_place_is_refused(tmp_path):
+    (tmp_path / "text.zip").write_text("not a zip")
+    assert "not a zip archive" in error(str(tmp_path / "text.zip"))
+    make_zip(tmp_path / "lzma.zip", ["a.png"], compression=zipfile.ZIP_LZMA)
+    assert "method 14" in error(str(tmp_path / "lzma.zip"))
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
+        archive.writestr("a.txt", "")
+    assert "no images in this archive; it holds a.txt" in error(str(tmp_path / "empty.zip"))
+
+
+# ---- subsets and the bundled set ------------------------------------------------------------------------------------
+
+
+def test_a_subset_takes_the_first_images_of_every_class_in_order_of_appearance(tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(f"{i}.png\t{c}" for i, c in enumerate("cacbabccab")))
+    source = open_source(str(tmp_path / "list.txt"), subset=2)
+    assert [Path(name).name for name in names(source)] == ["0.png", "2.png", "1.png", "4.png", "3.png", "5.png"]
+    assert source.labels.tolist() == [2, 2, 0, 0, 1, 1]
+    assert source.class_names == ["a", "b", "c"]
+    copy = pickle.loads(pickle.dumps(source))
+    assert names(copy) == names(source) and copy.fingerprint == source.fingerprint
+    assert source.fingerprint != open_source(str(tmp_path / "list.txt"), subset=1).fingerprint
+    assert len(pickle.dumps(source)) < 1000
+
+
+def test_a_subset_reads_its_own_images(tmp_path):
+    root = write_folder(tmp_path / "train", ["a/1.png", "a/2.png", "b/1.png", "b/2.png"])
+    whole, part = open_source(str(root)), open_source(str(root), subset=1)
+    assert np.array_equal(part.array(1), whole.array(2)) and np.array_equal(part.pil(1), whole.pil(2))
+    assert "1 per class (2 images)" in part.name
+
+
+def test_a_subset_that_cannot_be_taken_says_why(tmp_path):
+    (tmp_path / "list.txt").write_text("0.png\ta\n1.png\ta\n2.png\tb")
+    assert "class b" in error(str(tmp_path / "list.txt"), subset=2)
+    assert "at least 1" in error(str(tmp_path / "list.txt"), subset=0)
+    (tmp_path / "list.txt").write_text("0.png\n1.png")
+    assert "some without label" in error(str(tmp_path / "list.txt"), subset=1)
+
+
+def test_without_a_path_the_bundled_tiles_are_opened(monkeypatch):
+    import sys
+    import types
+
+    from data.datasets import Source
+
+    class BundledTiles(Source):
+        def __init__(self, split="train"):
+            self.split, self.labels, self.class_names, self.name = split, np.array([0, 0]), ["x"], f"tiles {split}"
+
+        def array(self, index):
+            return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setitem(sys.modules, "data.bundled", types.SimpleNamespace(BundledTiles=BundledTiles))
+    source = open_source(None, split="val")
+    assert source.split == "val" and len(source) == 2
+    assert isinstance(source.pil(0), Image.Image) and source.pil(0).mode == "RGB"
+    assert len(open_source(None, subset=1)) == 1
+    assert source.fingerprint != open_source(None, split="train").fingerprint
