@@ -1,3 +1,91 @@
-class MultiCropViews:  # stub until the data room lands
-    def __init__(self, **kwargs):
-        self.__dict__.update(kwargs)
+"""What a method's network sees of an image: one class per recipe, a table on top with the source of each number.
+
+A recipe is called with a decoded image and a key, and returns a dict of tensors that the loader stacks over the batch.
+All its randomness comes from the key (seed, epoch, index): which worker calls it, when, and after what changes nothing.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.augment import CropRecipe, crop_uniforms, draw_crop, pil_transform, render
+from randomness import counted_seed
+from utils import UsageError
+
+
+class MultiCropViews:
+    """Two global crops and ``local_crops_number`` local ones (DINO, main_dino.py, DataAugmentationDINO):
+
+    | crop     | size | area                | flip | jitter 0.4 0.4 0.2 0.1 | greyscale | blur 0.1-2.0 | solarise |
+    |----------|------|---------------------|------|------------------------|-----------|--------------|----------|
+    | global 1 | 224  | global_crops_scale  | 0.5  | 0.8                    | 0.2       | 1.0          | -        |
+    | global 2 | 224  | global_crops_scale  | 0.5  | 0.8                    | 0.2       | 0.1          | 0.2      |
+    | local    | 96   | local_crops_scale   | 0.5  | 0.8                    | 0.2       | 0.5          | -        |
+
+    ``augment``: "fast" wants arrays (height, width, 3) uint8, "pil" Pillow images, which it treats as the original
+    does, bit for bit. Both draw from the same distribution.
+    """
+
+    def __init__(
+        self,
+        global_crops_scale: tuple[float, float] = (0.4, 1.0),
+        local_crops_scale: tuple[float, float] = (0.05, 0.4),
+        local_crops_number: int = 8,
+        global_crops_size: int = 224,
+        local_crops_size: int = 96,
+        augment: str = "fast",
+    ):
+        if augment not in ("fast", "pil"):
+            raise UsageError(f"--augment {augment}: has to be fast or pil")
+        for name, (low, high) in {"global": global_crops_scale, "local": local_crops_scale}.items():
+            if not 0 < low <= high <= 1:
+                raise UsageError(f"--{name}_crops_scale {low} {high}: two area shares in (0, 1], the smaller one first")
+        for name, size in {"global": global_crops_size, "local": local_crops_size}.items():
+            if size < 1:
+                raise UsageError(f"--{name}_crops_size {size}: a crop has to be at least one pixel wide")
+        if local_crops_number < 0:
+            raise UsageError(f"--local_crops_number {local_crops_number}: 0 leaves the two global crops, less is none")
+        self.augment = augment
+        first = CropRecipe(global_crops_size, tuple(global_crops_scale), blur=1.0)
+        second = CropRecipe(global_crops_size, tuple(global_crops_scale), blur=0.1, solarize=0.2)
+        local = CropRecipe(local_crops_size, tuple(local_crops_scale), blur=0.5)
+        self.recipes = [first, second] + [local] * local_crops_number
+        self.transforms = [pil_transform(recipe) for recipe in self.recipes] if augment == "pil" else []
+
+    def __repr__(self) -> str:
+        return "\n".join([f"MultiCropViews ({self.augment})", *(f"  {recipe}" for recipe in self.recipes)])
+
+    def __call__(self, image: np.ndarray | Image.Image, key: tuple[int, ...]) -> dict[str, list[torch.Tensor]]:
+        """{"crops": list of (3, size, size) uint8}, the two global ones first."""
+        if self.augment == "fast":
+            return {"crops": self.fast_crops(image, key)}
+        with seeded_generators(counted_seed(*key)):
+            return {"crops": self.pil_crops(image)}
+
+    def fast_crops(self, image: np.ndarray, key: tuple[int, ...]) -> list[torch.Tensor]:
+        height, width = image.shape[:2]
+        uniforms = crop_uniforms(key, len(self.recipes))
+        crops = [draw_crop(recipe, u, height, width) for recipe, u in zip(self.recipes, uniforms, strict=True)]
+        return [render(image, crop, recipe.size) for recipe, crop in zip(self.recipes, crops, strict=True)]
+
+    def pil_crops(self, image: Image.Image) -> list[torch.Tensor]:
+        """Crops from the present state of torch's and ``random``'s generators, which they advance."""
+        crops = [np.array(transform(image)) for transform in self.transforms]
+        return [torch.from_numpy(crop).permute(2, 0, 1).contiguous() for crop in crops]
+
+
+@contextmanager
+def seeded_generators(seed: int) -> Iterator[None]:
+    """Torch's CPU generator and ``random`` start from ``seed`` inside, and go on as if nothing had been after it."""
+    torch_state, random_state = torch.default_generator.get_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(torch_state)
+        random.setstate(random_state)
