@@ -1,55 +1,316 @@
+"""From a source of images to pieces of batches on the device, the same ones however they are made.
+
+Which images form a batch is a function of (seed, epoch, step), and what is cut from each of them a function of (seed,
+epoch, image). So workers hold no state, and their number, the number of processes, and where a run was interrupted
+change nothing. One DataLoader serves all epochs: nothing stalls where an epoch ends.
+
+An image that cannot be read is replaced by another one, chosen by (seed, epoch, image, attempt), and reported. The
+replacement's crops keep the key of the image it stands for, so they differ from those of its own turn in the epoch.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import cv2
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.datasets import BadImage, Source
 from data.preprocess import MEAN, STD
-from randomness import Permutation, counted_seed
-from utils import UsageError
+from randomness import Permutation, counted_uniforms
+from utils import UsageError, World, log, usable_cpus
+
+MAX_ATTEMPTS = 100
+_REPLACEMENT = 0x5EED  # keeps these draws apart from those of the crops
 
 
-def steps_per_epoch(n, b):
-    if n < b:
-        raise UsageError("batch")
-    return n // b
+class PieceKey(NamedTuple):
+    """What a worker needs to know: images ``indices`` of the source, from position ``first_sample`` of the batch on."""
+
+    epoch: int
+    first_sample: int
+    indices: np.ndarray
 
 
 class TrainLoader:
+    """Iterates over the pieces of all steps of all epochs, from (start_epoch, start_step) on.
+
+    ``batch_size``: images per process and step, divided into ``pieces`` equal parts (gradient accumulation). Yields
+    dicts: what ``views`` return, stacked over the piece; "indices" (piece,) int64, the images used; "first_sample", the
+    position of the piece's first image in the batch of all processes; "bad", a list of (name, reason) of unreadable
+    images. The last len(source) % (batch_size * processes) images of an epoch's order are left out.
+
+    Raises UsageError when the data set is smaller than a batch, and from the iteration when no image can be read or a
+    worker dies.
+    """
+
     def __init__(
-        s, source, views, *, batch_size, pieces=1, world, seed, epochs, num_workers, start_epoch=0, start_step=0
+        self,
+        source: Source,
+        views: Callable,
+        *,
+        batch_size: int,
+        pieces: int = 1,
+        world: World,
+        seed: int,
+        epochs: int,
+        num_workers: int,
+        start_epoch: int = 0,
+        start_step: int = 0,
     ):
-        s.__dict__.update(locals())
-        s.G = batch_size * world.size
-        s.niter = len(source) // s.G
+        if min(batch_size, pieces) < 1 or num_workers < 0:
+            raise UsageError(
+                f"--batch_size_per_gpu {batch_size}, {pieces} pieces, --num_workers {num_workers}: the first two have "
+                "to be at least 1, the last at least 0"
+            )
+        self.batch_size, self.pieces, self.world = batch_size, pieces, world
+        self.seed, self.epochs, self.start_epoch, self.start_step = seed, epochs, start_epoch, start_step
+        self.global_batch = batch_size * world.size
+        self.images = len(source)
+        self.niter = self.images // self.global_batch
+        if self.niter == 0:
+            raise UsageError(
+                f"a batch of {self.global_batch} images ({batch_size} on each of {world.size} processes) is larger "
+                f"than the data set: {source.name} has {self.images}; lower --batch_size_per_gpu"
+            )
+        if batch_size % pieces:
+            raise UsageError(f"a batch of {batch_size} images cannot be divided into {pieces} equal pieces")
+        self.dataset = _Pieces(source, views, seed)
+        self.num_workers = min(num_workers, usable_cpus())
+        if self.num_workers < num_workers:
+            log.info("%d data workers instead of %d: as many as there are processors", self.num_workers, num_workers)
 
-    def __iter__(s):
-        b = s.batch_size // s.pieces
-        for e in range(s.start_epoch, s.epochs):
-            perm = Permutation(len(s.source), s.seed, e)
-            for st in range(s.start_step if e == s.start_epoch else 0, s.niter):
-                for j in range(s.pieces):
-                    first = s.world.rank * s.batch_size + j * b
-                    idx = perm[st * s.G + first + np.arange(b)]
-                    crops = []
-                    v = s.views
-                    for c in range(2 + v.local_crops_number):
-                        size = v.global_crops_size if c < 2 else v.local_crops_size
-                        crops.append(
-                            torch.stack(
-                                [
-                                    torch.randint(
-                                        0,
-                                        256,
-                                        (3, size, size),
-                                        generator=torch.Generator().manual_seed(counted_seed(s.seed, e, int(i), c)),
-                                        dtype=torch.uint8,
-                                    )
-                                    for i in idx
-                                ]
-                            )
-                        )
-                    yield {"crops": crops, "indices": torch.from_numpy(idx), "first_sample": first, "bad": []}
+    def __len__(self) -> int:
+        """Pieces from the start to the end of the last epoch."""
+        return max(0, (self.epochs - self.start_epoch) * self.niter - self.start_step) * self.pieces
+
+    def __iter__(self) -> Iterator[dict]:
+        loader = DataLoader(
+            self.dataset,
+            batch_size=None,  # a worker makes a whole piece
+            sampler=_PieceSampler(self),
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=self.world.device.type == "cuda",
+            worker_init_fn=_init_worker,
+            generator=torch.Generator(),  # leaves the global generator alone
+        )
+        before = multiprocessing.active_children()
+        pieces = iter(loader)
+        workers = [process for process in multiprocessing.active_children() if process not in before]
+        if threading.current_thread() is threading.main_thread():
+            # torch would raise wherever the main process happens to be when a worker dies, in the middle of a step;
+            # the loader notices it as well, when it waits for the next piece
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        died = ""
+        try:
+            for piece in pieces:
+                yield _checked(piece)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            died = ", ".join(_ending(worker.exitcode) for worker in workers if worker.exitcode) or "without a signal"
+        if died:  # raised outside, so that the error does not keep the remaining workers
+            raise UsageError(
+                f"a data worker died ({died}); when memory ran out, lower --num_workers {self.num_workers} or the "
+                "batch; after SIGBUS enlarge /dev/shm (docker --shm-size)"
+            )
+
+    def piece(self, epoch: int, step: int, piece: int = 0) -> dict:
+        """Any piece by itself, made in this process: for a first look at the data, and to replay a step."""
+        return _checked(self.dataset[self.key(Permutation(self.images, self.seed, epoch), epoch, step, piece)])
+
+    def key(self, order: Permutation, epoch: int, step: int, piece: int) -> PieceKey:
+        size = self.batch_size // self.pieces
+        first_sample = self.world.rank * self.batch_size + piece * size
+        positions = step * self.global_batch + first_sample + np.arange(size)
+        return PieceKey(epoch, first_sample, order[positions])
 
 
-def to_device_ahead(p, device, dtype=torch.float32):
-    m, sd = [torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD)]
-    for d in p:
-        yield {**d, "crops": [((c / 255 - m) / sd).to(dtype) for c in d["crops"]]}
+class _PieceSampler(Sampler):
+    """The keys of all pieces, in order."""
+
+    def __init__(self, loader: TrainLoader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[PieceKey]:
+        loader, start_step = self.loader, self.loader.start_step
+        for epoch in range(loader.start_epoch, loader.epochs):
+            order = Permutation(loader.images, loader.seed, epoch)
+            for step in range(start_step, loader.niter):
+                for piece in range(loader.pieces):
+                    yield loader.key(order, epoch, step, piece)
+            start_step = max(0, start_step - loader.niter)
+
+
+class _Pieces(Dataset):
+    """PieceKey -> piece. Runs in the workers."""
+
+    def __init__(self, source: Source, views: Callable, seed: int):
+        self.source, self.views, self.seed = source, views, seed
+        self.read = source.pil if views.augment == "pil" else source.array
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: PieceKey) -> dict:
+        with _one_thread():
+            return self._make(key)
+
+    def _make(self, key: PieceKey) -> dict:
+        samples, used, bad = [], [], []
+        for index in key.indices.tolist():
+            image, index_used = self._readable_image(key.epoch, index, bad)
+            if image is None:
+                name, reason = bad[-1]
+                return {"error": f"none of {MAX_ATTEMPTS} images could be read; the last one was {name}: {reason}"}
+            samples.append(self.views(image, (self.seed, key.epoch, index)))
+            used.append(index_used)
+        return {**stack(samples), "indices": torch.tensor(used), "first_sample": key.first_sample, "bad": bad}
+
+    def _readable_image(self, epoch: int, index: int, bad: list) -> tuple:
+        """The image and its index, or those of the first replacement that can be read; what cannot goes to ``bad``."""
+        candidate = index
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                return self.read(candidate), candidate
+            except BadImage as error:
+                bad.append((error.name, error.reason))
+            draw = counted_uniforms(self.seed, epoch, index, attempt, _REPLACEMENT)
+            candidate = int(draw * len(self.source))
+        return None, index
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Without workers the pieces are made beside the training, where sharing out small crops costs four times more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def stack(samples: list) -> torch.Tensor | list | dict:
+    """Tensors, numbers, and lists, tuples and dicts of them, one per sample -> the same with a batch dimension."""
+    first = samples[0]
+    if isinstance(first, torch.Tensor):
+        return torch.stack(samples)
+    if isinstance(first, dict):
+        return {name: stack([sample[name] for sample in samples]) for name in first}
+    if isinstance(first, (list, tuple)):
+        return [stack(list(column)) for column in zip(*samples, strict=True)]
+    return torch.tensor(samples)
+
+
+def _ending(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _as_it_is(piece: dict) -> dict:
+    return piece
+
+
+def _checked(piece: dict) -> dict:
+    if "error" in piece:  # raised here, since an exception from a worker arrives as a page of traceback
+        raise UsageError(piece["error"])
+    piece["bad"] = [tuple(entry) for entry in piece["bad"]]  # pinning makes lists of tuples
+    return piece
+
+
+def _init_worker(worker: int) -> None:
+    """One thread per worker; signals meant for the run (save and stop) are the main process's business."""
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_says_so, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_the_parent_says_so(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# To the device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_device_ahead(pieces: Iterable[dict], device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[dict]:
+    """The same pieces with tensors on ``device`` and uint8 images normalised, in ``dtype``.
+
+    On a GPU the next piece is copied and normalised on a stream of its own while the present one is worked on.
+    """
+    if torch.device(device).type != "cuda":
+        for piece in pieces:
+            yield _map_tensors(piece, lambda tensor: _prepare(tensor, device, dtype))
+        return
+    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def send(piece: dict) -> dict:
+        with torch.cuda.stream(side):
+            return _map_tensors(piece, lambda tensor: _prepare(tensor, device, dtype))
+
+    ahead = None
+    for piece in pieces:
+        sent = send(piece)
+        if ahead is not None:
+            yield ahead
+        main.wait_stream(side)
+        ahead = _map_tensors(sent, lambda tensor: _used_on(tensor, main))
+    if ahead is not None:
+        yield ahead
+
+
+def normalise(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """(batch, 3, height, width) uint8 -> zero mean and unit variance over ImageNet.
+
+    parity: (x / 255 - mean) / std in this order, in float32 (float64 for that dtype), as ToTensor and Normalize.
+    """
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    # tensors on the device: by a Python number, a GPU would multiply with the reciprocal, which is not the same
+    white, mean, std = _constants(images.device, precision)
+    return images.to(precision).div_(white).sub_(mean).div_(std).to(dtype)
+
+
+_CONSTANTS: dict = {}
+
+
+def _constants(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if (device, dtype) not in _CONSTANTS:
+        columns = [torch.tensor(value, dtype=dtype, device=device) for value in (255.0, MEAN, STD)]
+        _CONSTANTS[device, dtype] = columns[0], columns[1].view(3, 1, 1), columns[2].view(3, 1, 1)
+    return _CONSTANTS[device, dtype]
+
+
+def _prepare(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    tensor = tensor.to(device, non_blocking=True)
+    is_image = tensor.dtype == torch.uint8 and tensor.ndim == 4 and tensor.shape[1] == 3
+    return normalise(tensor, dtype) if is_image else tensor
+
+
+def _used_on(tensor: torch.Tensor, stream: "torch.cuda.Stream") -> torch.Tensor:
+    tensor.record_stream(stream)
+    return tensor
+
+
+def _map_tensors(value, function: Callable):
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: _map_tensors(part, function) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_map_tensors(part, function) for part in value]
+    return value
