@@ -38,6 +38,16 @@ class PieceKey(NamedTuple):
     indices: np.ndarray
 
 
+def steps_per_epoch(images: int, global_batch: int) -> int:
+    """Whole batches in a data set. Raises UsageError when there is none."""
+    if images < global_batch:
+        raise UsageError(
+            f"--batch_size_per_gpu: over all processes a batch has {global_batch} images, more than the data "
+            f"set, which has {images}"
+        )
+    return images // global_batch
+
+
 class TrainLoader:
     """Iterates over the pieces of all steps of all epochs, from (start_epoch, start_step) on.
 
@@ -73,12 +83,7 @@ class TrainLoader:
         self.seed, self.epochs, self.start_epoch, self.start_step = seed, epochs, start_epoch, start_step
         self.global_batch = batch_size * world.size
         self.images = len(source)
-        self.niter = self.images // self.global_batch
-        if self.niter == 0:
-            raise UsageError(
-                f"a batch of {self.global_batch} images ({batch_size} on each of {world.size} processes) is larger "
-                f"than the data set: {source.name} has {self.images}; lower --batch_size_per_gpu"
-            )
+        self.niter = steps_per_epoch(self.images, self.global_batch)
         if batch_size % pieces:
             raise UsageError(f"a batch of {batch_size} images cannot be divided into {pieces} equal pieces")
         self.dataset = _Pieces(source, views, seed)

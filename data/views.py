@@ -14,7 +14,6 @@ from PIL import Image
 
 from data.augment import CropRecipe, crop_uniforms, draw_crop, pil_transform, render
 from randomness import counted_seed
-from utils import UsageError
 
 
 class MultiCropViews:
@@ -40,15 +39,7 @@ class MultiCropViews:
         augment: str = "fast",
     ):
         if augment not in ("fast", "pil"):
-            raise UsageError(f"--augment {augment}: has to be fast or pil")
-        for name, (low, high) in {"global": global_crops_scale, "local": local_crops_scale}.items():
-            if not 0 < low <= high <= 1:
-                raise UsageError(f"--{name}_crops_scale {low} {high}: two area shares in (0, 1], the smaller one first")
-        for name, size in {"global": global_crops_size, "local": local_crops_size}.items():
-            if size < 1:
-                raise UsageError(f"--{name}_crops_size {size}: a crop has to be at least one pixel wide")
-        if local_crops_number < 0:
-            raise UsageError(f"--local_crops_number {local_crops_number}: 0 leaves the two global crops, less is none")
+            raise ValueError(f"augment {augment!r}: has to be fast or pil")
         self.augment = augment
         first = CropRecipe(global_crops_size, tuple(global_crops_scale), blur=1.0)
         second = CropRecipe(global_crops_size, tuple(global_crops_scale), blur=0.1, solarize=0.2)

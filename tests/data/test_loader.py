@@ -10,7 +10,7 @@ import torch
 from torchvision import transforms
 
 from data.datasets import BadImage, Source, open_source
-from data.loader import MAX_ATTEMPTS, TrainLoader, normalise, stack, to_device_ahead
+from data.loader import MAX_ATTEMPTS, TrainLoader, normalise, stack, steps_per_epoch, to_device_ahead
 from data.preprocess import MEAN, STD
 from data.views import MultiCropViews
 from randomness import Permutation
@@ -200,8 +200,9 @@ def test_when_no_image_can_be_read_it_ends_with_a_sentence(workers):
 
 
 def test_a_batch_larger_than_the_data_names_both_numbers():
-    with pytest.raises(UsageError, match=r"32 images \(8 on each of 4 processes\).*has 18; lower --batch_size_per_gpu"):
+    with pytest.raises(UsageError, match=r"--batch_size_per_gpu.* 32 images.* has 18"):
         make_loader(batch_size=8, size=4)
+    assert steps_per_epoch(18, 18) == 1 and steps_per_epoch(18, 5) == 3
 
 
 def test_a_batch_that_pieces_do_not_divide_is_refused():

@@ -1,4 +1,4 @@
-"""Golden cases of the augmentation: single operations, the seeded pipeline, and the statistics of what is drawn.
+"""Runners: the augmentation: single operations, the seeded pipeline, and the statistics of what is drawn.
 
 The Pillow path has to repeat the numbers exactly; the fast path is held to the tolerances that the notes of
 ``augmentation_ops`` give to implementations on tensors.
@@ -17,6 +17,7 @@ from torchvision.transforms import functional as F
 from data import augment
 from data.loader import normalise
 from data.views import MultiCropViews, seeded_generators
+from tests.parity import Case
 
 EXACT = (0.0, 0.0)
 FLOAT32 = (0.0, 1e-6)
@@ -26,7 +27,7 @@ SAMPLES = 5000  # the notes ask for 4000 at least
 # ---- single operations ----------------------------------------------------------------------------------------------
 
 
-def operations(case) -> Iterator[tuple]:
+def operations(case: Case) -> Iterator[tuple]:
     """out/<operation>[_<amount>], or out/to_tensor_normalized_sub, of the uint8 image in/image."""
     image = np.ascontiguousarray(case.arrays["in/image"])
     box = augment.Box(*map(int, case.value("crop_box_top_left_h_w")))
@@ -100,7 +101,7 @@ OPERATIONS = {
 # ---- the whole pipeline ---------------------------------------------------------------------------------------------
 
 
-def seeded_pipeline(case) -> Iterator[tuple]:
+def seeded_pipeline(case: Case) -> Iterator[tuple]:
     """out/seed<s>_crop<c>: every n-th pixel of the normalised crop; out/seed<s>_means: means of all its pixels."""
     views = MultiCropViews(**{name: value for name, value in case.params.items() if "_crops_" in name}, augment="pil")
     image = Image.fromarray(case.arrays["in/image"])
@@ -129,7 +130,7 @@ OPERATION_OF_STEP = {
 }
 
 
-def statistics(case) -> Iterator[tuple]:
+def statistics(case: Case) -> Iterator[tuple]:
     """How often each operation is applied to each kind of crop, and how its amount is distributed, on both paths."""
     for path, sample in (("pil", sample_pil), ("fast", sample_fast)):
         frequencies, amounts, orders = sample()
@@ -138,16 +139,16 @@ def statistics(case) -> Iterator[tuple]:
             operation, kinds = (operation, [kind]) if kind in KINDS else (name, KINDS)
             for kind in kinds:
                 actual = frequencies.get((operation, kind), 0.0)
-                yield f"{name} of {kind}, {path}", np.array(actual), np.array(expected)
+                yield f"probabilities: {name} of {kind}, {path}", np.array(actual), np.array(expected)
         for name, expected in case.value("magnitudes").items():
             if name == "jitter_op_order":
-                yield f"{name}, {path}", place_frequencies(orders), np.full((4, 4), 0.25)
+                yield f"magnitudes: {name}, {path}", place_frequencies(orders), np.full((4, 4), 0.25)
             else:
                 quantiles = np.linspace(0, 1, 5)
                 logarithmic = name == "aspect_ratio"
                 low, high, values = (np.log(x) if logarithmic else np.array(x) for x in (*expected, amounts[name]))
                 actual = np.quantile((values - low) / (high - low), quantiles)
-                yield f"{name} in its range, {path}", actual, quantiles
+                yield f"magnitudes: {name} in its range, {path}", actual, quantiles
 
 
 def place_frequencies(orders: list[tuple]) -> np.ndarray:
@@ -208,7 +209,7 @@ def sample_pil() -> tuple[dict, dict, list]:
 
 
 RUNNERS = {
-    "augmentation_ops": operations,
-    "augmentation_pipeline_seeded": seeded_pipeline,
-    "augmentation_statistics": statistics,
+    "dino/augmentation_ops": operations,
+    "dino/augmentation_pipeline_seeded": seeded_pipeline,
+    "dino/augmentation_statistics": statistics,
 }
