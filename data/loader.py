@@ -121,7 +121,8 @@ class TrainLoader:
             if not str(error).startswith("DataLoader worker (pid"):
                 raise
             died = ", ".join(_ending(worker.exitcode) for worker in workers if worker.exitcode) or "without a signal"
-        if died:  # raised outside, so that the error does not keep the remaining workers
+        if died:
+            del pieces  # ends the remaining workers, which the error's traceback would keep
             raise UsageError(
                 f"a data worker died ({died}); when memory ran out, lower --num_workers {self.num_workers} or the "
                 "batch; after SIGBUS enlarge /dev/shm (docker --shm-size)"
