@@ -63,7 +63,7 @@ def init_world(device: str = "auto", dist_url: str = "env://") -> World:
     world = World(rank, size, local_rank, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if gpus else "gloo", init_method=dist_url, world_size=size, rank=rank)
-    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
+    log.handlers = [logging.StreamHandler(sys.stdout)]
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     return world
 

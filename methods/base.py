@@ -45,7 +45,7 @@ class Clock:
         branch = np.arange(2)[:, None, None]
         crop = np.arange(crops)[:, None]
         sample = self.first_sample + np.arange(batch)
-        return counted_uniforms(self.seed, self.iteration, block, branch, crop, sample).reshape(depth, 2, -1)
+        return counted_uniforms(self.seed, self.iteration, block, branch, crop, sample).reshape(depth, 2, crops * batch)
 
 
 class Method(nn.Module):
