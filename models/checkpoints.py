@@ -1,14 +1,454 @@
-import torch
+"""Checkpoints: every published layout of this family of methods, read safely and under our names.
 
-from utils import UsageError
+    python -m models.checkpoints FILE                    what is this file?
+    python -m models.checkpoints FILE --to OUT.pth       its backbone as a flat file that timm loads
+
+A file is opened without running any code in it (``load_file``), its layout is looked up in models/layouts.py, and
+its tensors get the names of models/vit.py there. A backbone is loaded whole or not at all:
+``load_backbone`` refuses, with a table of what did not match, instead of leaving some weights random.
+"""
+
+import argparse
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from models import ALIASES, backbone_names, build_backbone, is_vision_transformer
+from models.layouts import (
+    NAME_OF_SHAPE,
+    NOT_NEEDED,
+    Layout,
+    State,
+    advice,
+    describe,
+    recognise,
+    recorded_arguments,
+    to_timm,
+    vit_arguments,
+)
+from models.vit import VisionTransformer
+from utils import Parser, UsageError, nearest, run_cli, save_torch
 
 
 class CheckpointError(UsageError):
-    pass
+    """A file that cannot be read, or whose weights do not fit the network they are meant for."""
 
 
-def load_file(path):
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening a file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _harmless_types() -> list:
+    """What published training checkpoints hold besides tensors: a Namespace, NumPy numbers and arrays. Nothing else."""
+    multiarray = import_module("numpy._core.multiarray")
+    functions = [
+        (getattr(multiarray, name), f"{module}.multiarray.{name}")
+        for name in ("scalar", "_reconstruct")
+        for module in ("numpy.core", "numpy._core")  # NumPy 1 and 2 write different module names
+    ]
+    numbers = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    return [argparse.Namespace, np.ndarray, np.dtype, *functions, *numbers]
+
+
+def load_file(path: str | Path) -> dict:
+    """The dict that ``torch.save`` wrote, tensors on the CPU (mapped from the file where the format allows it).
+
+    Nothing in the file is executed. Raises CheckpointError, in one line, for whatever is not such a file.
+    """
+    path = Path(path)
+    _check_is_torch_file(path)
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as e:
-        raise CheckpointError(f"{path}: damaged {type(e).__name__}")
+        if is_archive := zipfile.is_zipfile(path):
+            _compare_checksums(path)
+        with torch.serialization.safe_globals(_harmless_types()):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged or hostile file can fail in every way its bytes allow
+        raise CheckpointError(f"{path}: {_why_refused(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict; save the network's state_dict()")
+    return content
+
+
+def _check_is_torch_file(path: Path) -> None:
+    if path.is_dir():
+        inside = sorted(file.name for file in path.glob("*.pth"))
+        hint = f"pass a file in it: {', '.join(inside[:5])}" if inside else "it holds no .pth file"
+        raise CheckpointError(f"{path}: a directory, not a checkpoint; {hint}")
+    if not path.exists():
+        beside = [file.name for file in path.parent.glob("*.pth")] if path.parent.is_dir() else []
+        raise CheckpointError(f"{path}: no such file{nearest(path.name, beside) or '; check the path'}")
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
+    if size == 0:
+        raise CheckpointError(f"{path}: empty (0 bytes): the copy or download failed; fetch it again")
+    if start.startswith(b"PK"):
+        _check_is_torch_archive(path, size)
+    elif not start.startswith(b"\x80"):  # torch.save before 1.6 wrote bare pickles
+        raise CheckpointError(f"{path}: {_foreign_kind(start, size)}, not a checkpoint; pass a .pth file")
+
+
+def _check_is_torch_archive(path: Path, size: int) -> None:
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: truncated: the end is missing after {size} bytes; copy or save it again")
+    with zipfile.ZipFile(path) as archive:
+        names = {name.rsplit("/", 1)[-1] for name in archive.namelist()}
+    if "constants.pkl" in names:
+        raise CheckpointError(f"{path}: a TorchScript program, not weights; save its state_dict() with torch.save")
+    if "data.pkl" not in names:
+        raise CheckpointError(f"{path}: a zip archive, but none that torch.save wrote; pass a .pth file")
+
+
+def _compare_checksums(path: Path) -> None:
+    """Raise BadZipFile for a damaged entry; ``torch.load`` compares nothing and would return wrong values."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.CRC:  # 0: saved without checksums, as torch can be told to
+                with archive.open(entry) as part:
+                    while part.read(2**22):
+                        pass
+
+
+def _foreign_kind(start: bytes, size: int) -> str:
+    kinds = {b"\xff\xd8": "a JPEG image", b"\x89PNG": "a PNG image", b"\x1f\x8b": "gzip data", b"<": "an HTML page"}
+    for magic, kind in kinds.items():
+        if start.lstrip().startswith(magic):
+            return kind
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
+        return "a safetensors file"
+    return f"unknown data (it starts with {start[:4].hex(' ')})"
+
+
+def _why_refused(error: Exception) -> str:
+    """One line for what ``torch.load`` raised."""
+    text = str(error).strip()
+    if isinstance(error, EOFError) or "Ran out of input" in text:
+        return "truncated: the file ends too early; copy or save it again"
+    if isinstance(error, pickle.UnpicklingError):
+        wanted = re.search(r"GLOBAL ([\w.]+)", text)
+        what = f"{wanted.group(1)}, which weights do not need and which" if wanted else "more than tensors, which"
+        return f"refused: it asks for {what} could run code; ask for the plain state_dict()"
+    return f"damaged: {text.splitlines()[0] if text else type(error).__name__}; copy or save it again"
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a file turned out to be."""
+
+    path: Path
+    layout: Layout
+    method: str | None
+    key: str | None  # top-level key the weights stand under; None: the file itself is the state dict
+    epoch: int | None
+    arguments: dict  # of the training run
+    top_level: dict[str, str]  # key -> what stands there
+    notes: tuple[str, ...] = ()
+
+
+def read_backbone(path: str | Path, checkpoint_key: str = "teacher") -> tuple[State, Info]:
+    """The network in ``path`` under our names (its heads, if any, among them), and what the file is.
+
+    The weights are looked for under ``checkpoint_key``, then ``state_dict``, then ``model``, then in the file itself.
+    Raises CheckpointError when none of these holds tensors.
+    """
+    file = load_file(path)
+    key, tensors = choose_tensors(file, checkpoint_key, path)
+    layout, state = recognise(file, tensors), tensors
+    for step in layout.convert:
+        state = step(state)
+    if len(state) != len(tensors):
+        raise CheckpointError(f"{path}: several tensors would get one name: it holds more than one network; split it")
+    notes = []
+    if key != checkpoint_key:
+        notes.append(f"no key {checkpoint_key!r}: took the weights from {f'key {key!r}' if key else 'the file itself'}")
+    if layout.method == "dinov2" and "register_tokens" in state:
+        notes.append("DINOv2 with registers resizes positions by another rule: features agree at its own size only")
+    ours = file["tutelage"] if isinstance(file.get("tutelage"), dict) else {}
+    info = Info(
+        path=Path(path),
+        layout=layout,
+        method=layout.method or ours.get("method"),
+        key=key,
+        epoch=file["epoch"] if isinstance(file.get("epoch"), int) else None,
+        arguments=recorded_arguments(file) | {name: ours[name] for name in ("arch",) if name in ours},
+        top_level={str(name): _summary(value) for name, value in file.items()} if key else {},
+        notes=tuple(notes),
+    )
+    return state, info
+
+
+def choose_tensors(file: dict, checkpoint_key: str, path: str | Path = "the file") -> tuple[str | None, State]:
+    """(top-level key or None, the named tensors there), looked up in the order that ``read_backbone`` states."""
+    for key in (checkpoint_key, "state_dict", "model"):
+        if tensors := _tensors_of(file.get(key)):
+            return key, tensors
+    if flat := _tensors_of(file):
+        return None, flat
+    held = ", ".join(str(key) for key, value in file.items() if _tensors_of(value))
+    advice = f"pass --checkpoint_key with one of: {held}" if held else "it holds no weights at all"
+    raise CheckpointError(f"{path}: no weights under {checkpoint_key!r}; {advice}")
+
+
+def _tensors_of(value) -> State:
+    if not isinstance(value, dict):
+        return {}
+    return {
+        name: tensor for name, tensor in value.items() if isinstance(name, str) and isinstance(tensor, torch.Tensor)
+    }
+
+
+def _summary(value) -> str:
+    if tensors := _tensors_of(value):
+        return f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M values"
+    return str(value) if isinstance(value, (int, float, str)) else type(value).__name__
+
+
+def checkpoint_arguments(path: str | Path) -> dict:
+    """The options of the training run that wrote ``path``; {} where the file does not record them."""
+    return dict(recorded_arguments(load_file(path)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading a network, and saying what matched
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """How the tensors of a file and those of a network compare; names are ours, shapes are tuples."""
+
+    info: Info
+    total: int  # tensors of the network that a file must bring
+    matched: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # in the network, not in the file
+    unexpected: list[str] = field(default_factory=list)  # in the file, not in the network
+    mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)  # name, network's shape, file's shape
+    ignored: list[str] = field(default_factory=list)  # in the file, and no part of a backbone
+    untouched: list[str] = field(default_factory=list)  # in the network, and not needed for evaluation
+
+    @property
+    def complete(self) -> bool:
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        ignored = f"; ignored {_grouped(self.ignored)}" if self.ignored else ""
+        untouched = f"; left as initialised: {_grouped(self.untouched)}" if self.untouched else ""
+        return f"matched {len(self.matched)} of {self.total} tensors{ignored}{untouched}"
+
+    def table(self, rows: int = 8) -> str:
+        """What did not match, one name a line, the first ``rows`` of each kind."""
+        lines = [f"shape       {name}: network {ours}, file {theirs}" for name, ours, theirs in self.mismatched[:rows]]
+        for kind, names in (("missing", self.missing), ("unexpected", self.unexpected)):
+            lines += [f"{kind:<11} {name}" for name in names[:rows]]
+            lines += [f"{kind:<11} ... {len(names) - rows} more"] * (len(names) > rows)
+        lines += [f"shape       ... {len(self.mismatched) - rows} more"] * (len(self.mismatched) > rows)
+        return "\n".join(f"  {line}" for line in lines)
+
+
+def _grouped(names: list[str]) -> str:
+    """``head.* (8), masked_embed``."""
+    counts: dict[str, int] = {}
+    for name in names:
+        group = name.split(".")[0]
+        counts[group] = counts.get(group, 0) + 1
+    return ", ".join(group if group in names else f"{group}.* ({count})" for group, count in counts.items())
+
+
+def compare(target: State, state: State, info: Info) -> Report:
+    """Sort the names of a file and of a network's state dict into what matched and what did not."""
+    needed = [name for name in target if not NOT_NEEDED.match(name)]
+    report = Report(info, total=len(needed))
+    for name, tensor in state.items():
+        if name in target and target[name].shape == tensor.shape:
+            report.matched.append(name)
+        elif name in needed:
+            report.mismatched.append((name, tuple(target[name].shape), tuple(tensor.shape)))
+        elif not info.layout.belongs_to_backbone(name):
+            report.ignored.append(name)
+        else:
+            report.unexpected.append(name)
+    report.missing = [name for name in needed if name not in state]
+    report.untouched = [name for name in target if name not in needed and name not in report.matched]
+    return report
+
+
+def load_backbone(model: nn.Module, path: str | Path, checkpoint_key: str = "teacher") -> Report:
+    """Fill ``model`` with the backbone in ``path``; all of it or nothing.
+
+    Ignored on purpose, and listed in the report: heads, mask tokens, pooling norms, what only pretraining used.
+    Raises CheckpointError, with a table and advice, when a tensor is missing, has another shape or has no place.
+    """
+    return load_tensors(model, *read_backbone(path, checkpoint_key))
+
+
+def load_tensors(model: nn.Module, state: State, info: Info) -> Report:
+    """``load_backbone`` for what ``read_backbone`` returned."""
+    state, report = _fit(model.state_dict(), state, info)
+    if not report.complete:
+        where = f"{info.path}" + (f", key {info.key!r}" if info.key else "")
+        raise CheckpointError(
+            f"{where}: does not fit the network: {report}. {advice(model.state_dict(), state)}\n{report.table()}"
+        )
+    model.load_state_dict(model.state_dict() | {name: state[name] for name in report.matched})
+    return report
+
+
+def _fit(target: State, state: State, info: Info) -> tuple[State, Report]:
+    """The naming of ``state``, ours or timm's, under which most of it matches ``target``."""
+    namings = [state]
+    if vit_arguments(state):
+        namings += [to_timm(state, fold_class_position=fold) for fold in (False, True)]
+    reports = [compare(target, naming, info) for naming in namings]
+    best = max(range(len(reports)), key=lambda i: (reports[i].complete, len(reports[i].matched)))
+    return namings[best], reports[best]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network that evaluations look at
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Network(NamedTuple):
+    """A backbone ready to be evaluated, and how to build another like it: ``build_backbone(arch, **arguments)``."""
+
+    model: nn.Module
+    arch: str
+    arguments: dict
+    report: Report | None  # None: random weights
+
+    @property
+    def label(self) -> str:
+        """``vit_small/16``: as tables name it."""
+        return f"{self.arch}/{self.arguments['patch_size']}" if "patch_size" in self.arguments else self.arch
+
+
+def network_from_file(
+    path: str | Path, checkpoint_key: str = "teacher", arch: str | None = None, patch_size: int | None = None
+) -> Network:
+    """Build the architecture a file was written with, or the given one, and load its backbone into it."""
+    state, info = read_backbone(path, checkpoint_key)
+    arch, arguments = choose_architecture(state, info, arch, patch_size)
+    model = build_backbone(arch, **arguments)
+    return Network(model, arch, arguments, load_tensors(model, state, info))
+
+
+def choose_architecture(state: State, info: Info, arch: str | None, patch_size: int | None) -> tuple[str, dict]:
+    """(name, arguments) for ``build_backbone``: as asked, else as the shapes say, else as the file records.
+
+    Raises CheckpointError when none of these names a network.
+    """
+    shape, recorded = vit_arguments(state), info.arguments.get("arch")
+    if arch is None and shape and not str(recorded).startswith("timm/"):
+        arch = NAME_OF_SHAPE.get((shape["embed_dim"], shape["depth"]))
+    elif arch is None and isinstance(recorded, str):
+        if recorded not in backbone_names() and not recorded.startswith("timm/"):
+            raise CheckpointError(
+                f"{info.path}: holds a {describe(state)} with --arch {recorded}, which is unknown here"
+            )
+        arch = recorded
+    if arch is None:
+        raise CheckpointError(f"{info.path}: holds a {describe(state)}; nothing here has that shape: pass its --arch")
+    if not is_vision_transformer(arch):
+        return arch, {}
+    names = ("patch_size", "img_size", "init_values", "num_class_tokens", "num_registers")
+    arguments = {name: shape[name] for name in names} if shape else {"patch_size": 16}
+    if patch_size is not None:
+        side = shape["img_size"] // shape["patch_size"] if shape else 224 // patch_size
+        arguments |= {"patch_size": patch_size, "img_size": side * patch_size}
+    return ALIASES.get(arch, arch), arguments
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = Parser(
+        prog="python -m models.checkpoints", description="Say what a checkpoint is, and convert it for timm."
+    )
+    parser.add_argument("file", help="checkpoint of any layout")
+    parser.add_argument("--checkpoint_key", default="teacher", help="top-level key of the network in question")
+    parser.add_argument("--arch", default=None, help="compare with this architecture; left out: the file's own")
+    parser.add_argument("--patch_size", default=None, type=int, help="compare with this patch size; left out: its own")
+    parser.add_argument("--to", default=None, help="write the backbone here: a flat file under timm's names")
+    args = parser.parse_args()
+    state, info = read_backbone(args.file, args.checkpoint_key)
+
+    def say(label: str, text: object) -> None:
+        print(f"{label:<12}{text}")
+
+    say("file", f"{info.path} ({info.path.stat().st_size / 1e6:.2f} MB)")
+    say("layout", info.layout.name)
+    say("method", info.method or "not recorded")
+    say("epoch", info.epoch if info.epoch is not None else "not recorded")
+    for name, content in info.top_level.items():
+        say("key", f"{name}: {content}")
+    say("network", describe(state))
+    if recorded := {name: info.arguments[name] for name in ("arch", "patch_size") if name in info.arguments}:
+        say("recorded", ", ".join(f"--{name} {value}" for name, value in recorded.items()))
+    complete = _say_what_matches(state, info, args, say)
+    for note in info.notes:
+        say("note", note)
+    if args.to:
+        _convert(state, info, Path(args.to), say)
+    return 0 if complete or args.to else 1
+
+
+def _say_what_matches(state: State, info: Info, args: argparse.Namespace, say: Callable) -> bool:
+    shape = vit_arguments(state)
+    if args.arch is None and shape and (shape["embed_dim"], shape["depth"]) not in NAME_OF_SHAPE:
+        model, name = VisionTransformer(**shape, num_heads=1), "a vision transformer of these shapes"
+    else:
+        try:
+            arch, arguments = choose_architecture(state, info, args.arch, args.patch_size)
+            model = build_backbone(arch, **arguments)
+        except UsageError as error:
+            say("matched", f"not checked: {error}")
+            return False
+        name = f"{arch}, patch {arguments['patch_size']}" if "patch_size" in arguments else arch
+    _, report = _fit(model.state_dict(), state, info)
+    share = 100 * len(report.matched) / max(1, report.total)
+    say("matched", f"{share:.1f} % of {name}: {report}")
+    if not report.complete:
+        print(f"{report.table()}\n  {advice(model.state_dict(), state)}")
+    return report.complete
+
+
+def _convert(state: State, info: Info, target: Path, say: Callable) -> None:
+    if not vit_arguments(state):
+        raise CheckpointError(
+            f"{info.path}: holds a {describe(state)}; only vision transformers are converted for timm"
+        )
+    if not target.parent.is_dir() or target.is_dir():
+        raise UsageError(f"--to {target}: not a file name in an existing directory; create {target.parent} first")
+    if target.exists() and target.samefile(info.path):
+        raise UsageError(f"--to {target}: this is the checkpoint itself; choose another name")
+    flat = {name: tensor for name, tensor in state.items() if info.layout.belongs_to_backbone(name)}
+    if flat["cls_token"].shape[1] > 1:
+        say("note", "timm knows one class token: the others are left out, which changes the features slightly")
+    flat = to_timm(flat)
+    try:
+        save_torch(flat, target)
+    except OSError as error:
+        raise UsageError(f"--to {target}: cannot be written: {error}") from error
+    say("wrote", f"{target}: {len(flat)} tensors for timm.create_model(..., num_classes=0, checkpoint_path=...)")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,517 @@
+"""Every published layout is recognised and loads whole; whatever is not right is refused in words."""
+
+import argparse
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+
+from models import build_backbone, vit
+from models.checkpoints import (
+    CheckpointError,
+    checkpoint_arguments,
+    choose_tensors,
+    load_backbone,
+    load_file,
+    main,
+    network_from_file,
+    read_backbone,
+)
+from models.layouts import NAME_OF_SHAPE, to_timm, vit_arguments
+from models.vit import VisionTransformer
+from tests.parity import load_cases, run_case
+from utils import UsageError, run_cli
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def tiny(**kwargs) -> VisionTransformer:
+    model = VisionTransformer(**{"embed_dim": 12, "depth": 2, "num_heads": 3, "patch_size": 8, "img_size": 32} | kwargs)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def saved(tmp_path: Path, content, name: str = "file.pth") -> Path:
+    torch.save(content, tmp_path / name)
+    return tmp_path / name
+
+
+# ---- golden files: made by the authors' code ------------------------------------------------------------------------
+
+IBOT_LIKE, TRAINING = "backbone under state_dict (iBOT, AttMask)", "{} training checkpoint"
+COMBINED = "backbone with a linear classifier (combined by iBOT or AttMask)"
+FILES = [  # file, layout, method, epoch, (width, depth, patch, image, class tokens), the key it stands under
+    ("dino/checkpoint_full.pth", TRAINING.format("DINO"), "dino", 1, (12, 2, 8, 32, 1), "teacher"),
+    ("dino/checkpoint_plain.pth", TRAINING.format("DINO"), "dino", 1, (12, 2, 8, 32, 1), "teacher"),
+    ("dino/backbone_only.pth", "backbone only", None, None, (12, 2, 8, 32, 1), None),
+    ("ibot/checkpoint_full.pth", TRAINING.format("iBOT"), "ibot", 1, (12, 2, 8, 32, 1), "teacher"),
+    ("ibot/checkpoint_plain.pth", TRAINING.format("iBOT"), "ibot", 1, (12, 2, 8, 32, 1), "teacher"),
+    ("ibot/checkpoint_teacher.pth", IBOT_LIKE, None, None, (12, 2, 8, 32, 1), "state_dict"),
+    ("ibot/checkpoint_student.pth", "iBOT backbone", "ibot", None, (12, 2, 8, 32, 1), "state_dict"),
+    ("attmask/checkpoint_namespace.pth", TRAINING.format("AttMask"), "attmask", 2, (12, 4, 4, 32, 1), "teacher"),
+    ("attmask/checkpoint_plain.pth", TRAINING.format("AttMask"), "attmask", 2, (12, 4, 4, 32, 1), "teacher"),
+    ("attmask/backbone_only.pth", IBOT_LIKE, None, None, (12, 4, 4, 32, 1), "state_dict"),
+    ("attmask/combined.pth", COMBINED, None, 3, (12, 4, 4, 32, 1), "state_dict"),
+    ("attmask/checkpoint_teacher_linear.pth", "linear classifier", None, 3, None, "state_dict"),
+    ("attmask/linear_for_combine.pth", "linear classifier", None, 3, None, "state_dict"),
+    ("esvit/checkpoint_full_namespace.pth", TRAINING.format("EsViT"), "esvit", 2, None, "teacher"),
+    ("esvit/checkpoint_plain.pth", TRAINING.format("EsViT"), "esvit", 2, None, "teacher"),
+    ("mugs/checkpoint_namespace.pth", TRAINING.format("Mugs"), "mugs", 1, (12, 3, 4, 16, 1), "teacher"),
+    ("mugs/checkpoint_plain.pth", TRAINING.format("Mugs"), "mugs", 1, (12, 3, 4, 16, 1), "teacher"),
+    ("mugs/backbone_only_finetune.pth", "Mugs backbone", "mugs", None, (12, 3, 4, 16, 1), None),
+    ("mugs/backbone_only_det_seg.pth", "Mugs backbone", "mugs", None, (12, 3, 4, 16, 1), "state_dict"),
+    ("udi/checkpoint_full.pth", TRAINING.format("UDI"), "udi", 2, (24, 2, 4, 32, 2), "teacher"),
+    ("udi/checkpoint_plain.pth", TRAINING.format("UDI"), "udi", 2, (24, 2, 4, 32, 2), "teacher"),
+    ("udi/backbone_only.pth", "UDI backbone", "udi", None, (24, 2, 4, 32, 2), None),
+    ("unic/checkpoint_namespace.pth", TRAINING.format("UNIC"), "unic", 3, (18, 2, 8, 32, 1), "model"),
+    ("unic/checkpoint_plain.pth", TRAINING.format("UNIC"), "unic", 3, (18, 2, 8, 32, 1), "model"),
+    ("unic/teacher_dino.pth", "backbone only", None, None, (24, 2, 8, 32, 1), None),
+    ("unic/teacher_ibot.pth", IBOT_LIKE, None, None, (20, 3, 8, 32, 1), "state_dict"),
+    ("unic/teacher_deit3.pth", "DeiT", "deit", None, (30, 2, 8, 32, 1), "model"),
+    ("unic/teacher_dbotft.pth", "fine-tuned MAE", "mae", None, None, "model"),
+    ("unic/teacher_openclip_visual.pth", "CLIP", "clip", None, None, None),
+]
+
+
+def test_every_golden_file_is_in_the_table():
+    assert {str(path.relative_to(GOLDEN)) for path in GOLDEN.glob("*/*.pth")} == {name for name, *_ in FILES}
+
+
+@pytest.mark.parametrize(("name", "layout", "method", "epoch", "sizes", "key"), FILES, ids=[row[0] for row in FILES])
+def test_a_golden_file_is_recognised_and_loads_whole(name, layout, method, epoch, sizes, key):
+    state, info = read_backbone(GOLDEN / name)
+    assert (info.layout.name, info.method, info.epoch, info.key) == (layout, method, epoch, key)
+    if sizes is None:
+        return
+    width, depth, patch, image, classes = sizes
+    model = VisionTransformer(
+        embed_dim=width,
+        depth=depth,
+        patch_size=patch,
+        img_size=image,
+        num_class_tokens=classes,
+        num_heads=2,
+        init_values=1e-5 if "deit3" in name else 0.0,
+    )
+    report = load_backbone(model, GOLDEN / name)
+    assert report.complete and len(report.matched) == report.total == len(model.state_dict())
+    assert all(torch.equal(model.state_dict()[tensor], state[tensor]) for tensor in report.matched)
+    shape = vit_arguments(state)
+    found = [shape[key] for key in ("embed_dim", "depth", "patch_size", "img_size", "num_class_tokens")]
+    assert found == list(sizes)
+
+
+def test_the_student_is_another_network_than_the_teacher_and_its_mask_token_is_left_aside():
+    student, teacher = tiny(), tiny()
+    report = load_backbone(student, GOLDEN / "ibot" / "checkpoint_full.pth", "student")
+    load_backbone(teacher, GOLDEN / "ibot" / "checkpoint_full.pth", "teacher")
+    assert "masked_embed" in report.ignored
+    assert not torch.equal(student.blocks[0].mlp.fc1.weight, teacher.blocks[0].mlp.fc1.weight)
+    load_backbone(masking := tiny(masked_im_modeling=True), GOLDEN / "ibot" / "checkpoint_full.pth", "student")
+    assert torch.equal(
+        masking.masked_embed, load_file(GOLDEN / "ibot/checkpoint_student.pth")["state_dict"]["masked_embed"]
+    )
+
+
+def test_training_arguments_are_read_from_a_namespace_and_from_a_dict():
+    for name in ("checkpoint_full.pth", "checkpoint_plain.pth"):
+        arguments = checkpoint_arguments(GOLDEN / "dino" / name)
+        assert (arguments["arch"], arguments["patch_size"], arguments["local_crops_number"]) == ("vit_small", 8, 8)
+    assert checkpoint_arguments(GOLDEN / "dino" / "backbone_only.pth") == {}
+    assert len(checkpoint_arguments(GOLDEN / "unic" / "checkpoint_namespace.pth")["lr_schedule"]) > 1  # a NumPy array
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("dino", "checkpoint_and_features"), ("eval_core", "checkpoint_key_handling")]
+)
+def test_golden_cases(method, name):
+    (case,) = (case for case in load_cases(GOLDEN, [method]) if case.name == name)
+    result = run_case(case)
+    assert result.status == "ok", result.problems
+
+
+# ---- layouts without a golden file ----------------------------------------------------------------------------------
+
+
+def dinov2_names(state: dict, chunk: int) -> dict:
+    """Under DINOv2's names, blocks in chunks of ``chunk``."""
+    names = {"masked_embed": "mask_token"}
+    renamed = {}
+    for name, tensor in state.items():
+        name = names.get(name, name).replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
+        if name.startswith("blocks."):
+            number = int(name.split(".")[1])
+            name = f"blocks.{number // chunk}.{name.removeprefix('blocks.')}"
+        renamed[name] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_dinov2_with_chunks_registers_layerscale_and_mask_token_loads(tmp_path, chunk):
+    model = tiny(num_registers=4, init_values=1.0, masked_im_modeling=True, depth=3)
+    path = saved(tmp_path, dinov2_names(model.state_dict(), chunk))
+    other = tiny(num_registers=4, init_values=1.0, depth=3)
+    report = load_backbone(other, path)
+    images = torch.randn(2, 3, 32, 32)
+    assert report.info.layout.name == "DINOv2" and report.ignored == ["masked_embed"]
+    assert torch.equal(model(images), other(images))
+
+
+def test_the_encoder_of_unic_alone_loads(tmp_path):
+    model = tiny()
+    state = {f"encoder.{name}": tensor for name, tensor in dinov2_names(model.state_dict(), chunk=9).items()}
+    report = load_backbone(tiny(), saved(tmp_path, state))
+    assert report.info.method == "unic" and report.complete
+
+
+def test_mae_with_and_without_decoder_and_deit_with_classifier_load(tmp_path):
+    state = tiny().state_dict()
+    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8)}
+    decoder |= {"decoder_blocks.0.norm1.weight": torch.ones(8), "decoder_pred.bias": torch.zeros(3)}
+    classifier = {"head.weight": torch.zeros(5, 12), "head.bias": torch.zeros(5)}
+    for extra, layout, ignored in (
+        ({}, "MAE", 0),
+        (decoder, "MAE with decoder", 4),
+        (classifier, "DeiT", 2),
+    ):
+        report = load_backbone(tiny(), saved(tmp_path, {"model": state | extra}))
+        assert (report.info.layout.name, len(report.ignored), report.complete) == (layout, ignored, True)
+
+
+def test_timm_files_with_registers_and_without_a_class_position_give_the_same_features(tmp_path):
+    theirs = timm_vit(reg_tokens=4, no_embed_class=True, init_values=1e-1).eval()
+    path = saved(tmp_path, theirs.state_dict() | {"head.weight": torch.zeros(5, 12)})
+    ours = tiny(num_registers=4, init_values=1.0)
+    assert load_backbone(ours, path).info.layout.name == "timm"
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs(images))
+
+
+def test_a_file_of_ours_is_recognised_and_says_its_method_and_architecture(tmp_path):
+    model = tiny()
+    file = {
+        "student": {f"module.backbone.{name}": tensor for name, tensor in model.state_dict().items()},
+        "teacher": {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+        | {"head.mlp.0.weight": torch.zeros(3, 12), "head.last_layer.weight_g": torch.ones(4, 1)},
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 3,
+        "args": {"arch": "vit_tiny", "global_crops_size": 64},
+        "dino_loss": {"center": torch.zeros(1, 4)},
+        "tutelage": {"format": 1, "method": "dino", "arch": "vit_micro", "iteration": 30},
+    }
+    report = load_backbone(tiny(), saved(tmp_path, file))
+    info = report.info
+    assert (info.layout.name, info.method, info.epoch) == ("Tutelage training checkpoint", "dino", 3)
+    assert info.arguments == {"arch": "vit_micro", "global_crops_size": 64}
+    assert report.ignored == ["head.mlp.0.weight", "head.last_layer.weight_g"]
+
+
+def test_a_residual_network_wrapped_for_batch_norm_loads_and_its_counters_are_not_needed(tmp_path):
+    model = build_backbone("resnet18")
+    state = {f"module.backbone.{n}": t for n, t in model.state_dict().items() if "num_batches" not in n}
+    path = saved(tmp_path, {"teacher": state, "dino_loss": {}, "args": {"arch": "resnet18"}})
+    network = network_from_file(path)
+    assert (network.arch, network.label, network.report.complete) == ("resnet18", "resnet18", True)
+    assert torch.equal(network.model.conv1.weight, model.conv1.weight)
+
+
+def test_wrappers_are_cut_off_at_the_front_only(tmp_path):
+    state = {f"module._orig_mod.backbone.{name}": tensor for name, tensor in tiny().state_dict().items()}
+    state["blocks.0.module.extra"] = torch.zeros(1)
+    names, _ = read_backbone(saved(tmp_path, state))
+    assert "cls_token" in names and "blocks.0.module.extra" in names
+
+
+def test_the_key_is_looked_for_then_state_dict_then_model_then_the_file_itself():
+    one = {"cls_token": torch.zeros(1)}
+    assert choose_tensors({"teacher": one, "state_dict": one}, "teacher")[0] == "teacher"
+    assert choose_tensors({"model": one, "state_dict": one}, "teacher")[0] == "state_dict"
+    assert choose_tensors({"model": one, "epoch": 3}, "teacher")[0] == "model"
+    assert choose_tensors(one, "teacher")[0] is None
+    with pytest.raises(CheckpointError, match=r"no weights under 'techer'.*one of: student, teacher"):
+        choose_tensors({"student": one, "teacher": one, "epoch": 1}, "techer")
+    with pytest.raises(CheckpointError, match="no weights at all"):
+        choose_tensors({"epoch": 1}, "teacher")
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def refusal(function, *args) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        function(*args)
+    assert isinstance(caught.value, UsageError)
+    return str(caught.value)
+
+
+def test_a_network_is_left_alone_when_the_file_does_not_fit(tmp_path):
+    model = tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    refusal(load_backbone, model, saved(tmp_path, tiny(depth=3).state_dict()))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_refusal_says_what_the_file_holds_and_what_to_pass(tmp_path):
+    micro = build_backbone("vit_micro", 8, img_size=64).state_dict()
+    path = saved(tmp_path, micro)
+    other_patch = refusal(load_backbone, build_backbone("vit_micro", 16, img_size=128), path)
+    assert "matched 53 of 54" in other_patch and "--patch_size 8" in other_patch
+    assert "patch_embed.proj.weight: network (128, 3, 16, 16), file (128, 3, 8, 8)" in other_patch
+    other_size = refusal(load_backbone, build_backbone("vit_micro", 8), path)
+    assert "8 x 8 positions (64 px)" in other_size and "img_size=64" in other_size
+    other_arch = refusal(load_backbone, build_backbone("vit_tiny", 8, img_size=64), path)
+    assert "matched 0 of" in other_arch and "--arch vit_micro" in other_arch and "more" in other_arch
+    assert len(other_arch.splitlines()) < 30
+    no_vit = refusal(load_backbone, build_backbone("resnet18"), path)
+    assert "vit_micro" in no_vit
+    registers = refusal(load_backbone, build_backbone("vit_micro", 8, img_size=64, num_registers=2), path)
+    assert "missing     register_tokens" in registers and "num_registers=0" in registers
+
+
+def test_weights_that_have_no_place_are_a_refusal_too(tmp_path):
+    deeper, scaled = tiny(depth=3).state_dict(), tiny(init_values=1.0).state_dict()
+    assert "unexpected  blocks.2.norm1.weight" in refusal(load_backbone, tiny(), saved(tmp_path, deeper))
+    assert "unexpected  blocks.0.gamma_1" in refusal(load_backbone, tiny(), saved(tmp_path, scaled))
+
+
+def test_a_networks_own_tensors_are_needed_even_where_others_keep_their_heads(tmp_path):
+    model = timm.create_model("test_convnext", num_classes=0)  # its last norm is called head.norm
+    state = model.state_dict()
+    report = load_backbone(model, saved(tmp_path, {"teacher": state | {"head.mlp.0.weight": torch.zeros(2, 2)}}))
+    assert report.total == len(state) and report.ignored == ["head.mlp.0.weight"]
+    del state["head.norm.weight"]
+    assert "missing     head.norm.weight" in refusal(load_backbone, model, saved(tmp_path, {"teacher": state}))
+
+
+def test_a_network_that_pools_patches_is_not_mistaken_for_one_with_a_class_token():
+    model = tiny(embed_dim=16)
+    assert "fc_norm" in refusal(load_backbone, model, GOLDEN / "unic" / "teacher_dbotft.pth")
+
+
+def test_no_part_of_a_linear_classifier_is_taken_for_a_backbone():
+    text = refusal(load_backbone, tiny(), GOLDEN / "attmask" / "checkpoint_teacher_linear.pth")
+    assert "matched 0 of 30" in text and "linear classifier" in text
+
+
+class Payload:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path):
+    marker = tmp_path / "it_ran"
+    torch.save({"teacher": Payload(marker)}, tmp_path / "zip.pth")
+    torch.save({"teacher": Payload(marker)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Payload(marker)))
+    for name in ("zip.pth", "old.pth", "bare.pth"):
+        text = refusal(load_file, tmp_path / name)
+        assert "refused" in text and ("system" in text or name == "bare.pth") and name in text and "\n" not in text
+    assert not marker.exists()
+    pickle.loads((tmp_path / "bare.pth").read_bytes())
+    assert marker.exists()  # the payload is real
+
+
+def test_whole_pickled_networks_are_refused_with_the_class_they_ask_for(tmp_path):
+    text = refusal(load_file, saved(tmp_path, {"model": nn.Linear(2, 2)}))
+    assert "torch.nn.modules.linear.Linear" in text and "state_dict" in text
+
+
+def tiny_weight(path: Path) -> bytes:
+    """The bytes of one tensor in a file."""
+    return torch.load(path)["teacher"]["blocks.0.mlp.fc1.weight"].numpy().tobytes()
+
+
+def broken_files(folder: Path) -> dict[str, str]:
+    """name -> a word the message must hold."""
+    whole = saved(folder, {"teacher": tiny().state_dict()}, "whole.pth").read_bytes()
+    torch.save({"w": torch.randn(100)}, folder / "old.pth", _use_new_zipfile_serialization=False)
+    (folder / "truncated.pth").write_bytes(whole[: len(whole) // 2])
+    (folder / "truncated_old.pth").write_bytes((folder / "old.pth").read_bytes()[:300])
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "photo.pth").write_bytes(b"\xff\xd8\xff\xe0" + bytes(100))
+    (folder / "page.pth").write_bytes(b"\n<!DOCTYPE html><html>404</html>")
+    (folder / "noise.pth").write_bytes(bytes(range(1, 90)))
+    (folder / "weights.safetensors").write_bytes((60).to_bytes(8, "little") + b'{"a":' + bytes(70))
+    np.savez(folder / "arrays.npz", a=np.zeros(3))
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), folder / "program.pth")
+    saved(folder, [torch.zeros(2)], "list.pth")
+    (folder / "runs").mkdir()
+    saved(folder / "runs", {}, "checkpoint.pth")
+    value = tiny_weight(folder / "whole.pth")
+    (folder / "damaged.pth").write_bytes(whole.replace(value, value[:-1] + bytes([value[-1] ^ 1])))
+    return {
+        "truncated.pth": "truncated",
+        "truncated_old.pth": "",
+        "empty.pth": "empty",
+        "photo.pth": "JPEG",
+        "page.pth": "HTML",
+        "noise.pth": "unknown data",
+        "weights.safetensors": "safetensors",
+        "arrays.npz": "zip archive",
+        "program.pth": "TorchScript",
+        "list.pth": "list",
+        "runs": "checkpoint.pth",
+        "damaged.pth": "CRC",
+        "hole.pth": "did you mean whole.pth",
+        "nowhere/file.pth": "no such file",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_whatever_is_not_a_checkpoint_is_refused_in_one_line_with_its_path(tmp_path):
+    for name, word in broken_files(tmp_path).items():
+        text = refusal(load_file, tmp_path / name)
+        assert str(tmp_path / name) in text and word in text and "\n" not in text, (name, text)
+
+
+def test_numbers_and_arrays_that_either_numpy_wrote_load(tmp_path):
+    content = {
+        "args": argparse.Namespace(lr=np.float64(0.5), schedule=np.arange(3.0), seed=np.int64(2), flag=np.bool_(1))
+    }
+    path = saved(tmp_path, content)
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "numpy1.pth", "w") as other:
+        for name in archive.namelist():
+            data = archive.read(name)
+            other.writestr(name, data.replace(b"numpy._core", b"numpy.core") if name.endswith("data.pkl") else data)
+    for file in (path, tmp_path / "numpy1.pth"):
+        args = load_file(file)["args"]
+        assert (args.lr, args.seed, args.flag, args.schedule.tolist()) == (0.5, 2, True, [0, 1, 2])
+
+
+# ---- the network a file was written with ----------------------------------------------------------------------------
+
+
+def test_names_of_architectures_agree_with_the_models(monkeypatch):
+    monkeypatch.setattr(vit, "VisionTransformer", lambda **kwargs: kwargs)
+    for (width, depth), name in NAME_OF_SHAPE.items():
+        made = getattr(vit, name)()
+        assert (made["embed_dim"], made["depth"]) == (width, depth)
+
+
+def test_the_network_is_built_as_the_file_needs_it(tmp_path):
+    model = build_backbone("vit_micro", 8, img_size=64, num_class_tokens=2).eval()
+    path = saved(tmp_path, {"teacher": {f"backbone.{n}": t for n, t in model.state_dict().items()}, "udi_loss": {}})
+    network = network_from_file(path)
+    assert network.label == "vit_micro/8"
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(network.model.eval()(images), model(images))
+    assert "--patch_size 8" in refusal(network_from_file, path, "teacher", None, 16)
+    assert "--arch vit_micro" in refusal(network_from_file, path, "teacher", "vit_tiny")
+
+
+def test_a_timm_network_takes_files_under_our_names_and_under_its_own(tmp_path):
+    model = build_backbone("vit_tiny").eval()
+    images = torch.randn(1, 3, 224, 224)
+    for state in (model.state_dict(), to_timm(model.state_dict())):
+        network = network_from_file(saved(tmp_path, state), arch="timm/vit_tiny_patch16_224")
+        torch.testing.assert_close(network.model.eval()(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_that_no_architecture_fits_says_so():
+    assert "width 12" in refusal(network_from_file, GOLDEN / "dino" / "backbone_only.pth")
+    assert "--arch swin_tiny, which is unknown here" in refusal(
+        network_from_file, GOLDEN / "esvit/checkpoint_plain.pth"
+    )
+    assert "linear classifier" in refusal(network_from_file, GOLDEN / "attmask" / "checkpoint_teacher_linear.pth")
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def timm_vit(**kwargs) -> TimmVisionTransformer:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 3, "num_classes": 0}
+    return TimmVisionTransformer(**sizes | kwargs)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["checkpoints", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            run_cli(main)
+        return exit_.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_runs_as_a_module():
+    arguments = [sys.executable, "-m", "models.checkpoints", "tests/golden/udi/backbone_only.pth"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "UDI backbone" in done.stdout and "2 class tokens" in done.stdout
+
+
+def test_the_command_says_what_a_file_is_and_converts_it_for_timm(command, tmp_path):
+    source = GOLDEN / "dino" / "checkpoint_full.pth"
+    code, said, _ = command(source, "--to", tmp_path / "flat.pth")
+    assert code == 0
+    for words in ("DINO training checkpoint", "teacher: 38 tensors", "--arch vit_small", "100.0 %", "head.* (8)"):
+        assert words in said
+    theirs = timm_vit().eval()
+    theirs.load_state_dict(torch.load(tmp_path / "flat.pth", weights_only=True), strict=True)
+    load_backbone(ours := tiny(), source)
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(theirs(images), ours(images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "timm_arguments", "our_arguments"),
+    [
+        ("unic/teacher_deit3.pth", 3, {"no_embed_class": True, "init_values": 1.0}, {"init_values": 1.0}),
+        ("unic/checkpoint_namespace.pth", 3, {}, {}),
+        ("mugs/backbone_only_finetune.pth", 3, {}, {}),
+    ],
+)
+def test_other_layouts_become_timm_files_with_the_same_features(name, heads, timm_arguments, our_arguments):
+    state, info = read_backbone(GOLDEN / name)
+    shape = vit_arguments(state)
+    sizes = {key: shape[key] for key in ("embed_dim", "depth", "patch_size", "img_size")} | {"num_heads": heads}
+    theirs = timm_vit(**sizes | timm_arguments).eval()
+    flat = {tensor: value for tensor, value in state.items() if info.layout.belongs_to_backbone(tensor)}
+    theirs.load_state_dict(to_timm(flat), strict=True)
+    load_backbone(ours := tiny(**sizes | our_arguments), GOLDEN / name)
+    images = torch.randn(2, 3, shape["img_size"], shape["img_size"])
+    torch.testing.assert_close(theirs(images), ours(images), rtol=1e-5, atol=1e-6)
+
+
+def test_of_two_class_tokens_timm_gets_the_first_with_its_position():
+    state = tiny(num_class_tokens=2).state_dict()
+    flat = to_timm(state)
+    assert torch.equal(flat["cls_token"], state["cls_token"][:, :1])
+    assert torch.equal(flat["pos_embed"], state["pos_embed"][:, [0, *range(2, 18)]])
+
+
+def test_the_command_refuses_in_one_line_and_reports_a_mismatch_by_its_exit_code(command, tmp_path):
+    code, _, error = command(tmp_path / "no.pth")
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    micro = saved(tmp_path, build_backbone("vit_micro", 8, img_size=64).state_dict())
+    code, said, _ = command(micro, "--arch", "vit_micro", "--patch_size", 16)
+    assert code == 1 and "98.1 %" in said and "--patch_size 8" in said
+    assert command(micro)[0] == 0
+    code, _, error = command(micro, "--to", micro)
+    assert code == 2 and "choose another name" in error
+    assert command(micro, "--to", tmp_path / "no" / "file.pth")[0] == 2
+
+
+def test_a_converted_file_loads_into_the_timm_model_of_its_name(tmp_path):
+    model = build_backbone("vit_tiny").eval()
+    path = saved(tmp_path, to_timm(model.state_dict()))
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(path)).eval()
+    images = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(theirs(images), model(images), rtol=1e-4, atol=1e-5)
