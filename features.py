@@ -1,2 +1,421 @@
-def extract_features(*a, **k):
-    raise SystemError
+"""Frozen features: of which network, which part of its output, of which images; extracted once for every evaluation.
+
+Row i of a feature matrix belongs to image i of its source, whatever the number of processes: each takes every
+world-th image, rows are placed by index, and a missing or doubled row is an error. No metric in here.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from models import ALIASES, build_backbone, is_vision_transformer
+from models.checkpoints import Network, network_from_file
+from utils import UsageError, World, check_writable, log, make_folder, save_atomically, save_torch
+
+if TYPE_CHECKING:
+    from data.datasets import Source
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which feature: pure functions (network, images (batch, 3, height, width)) -> (batch, width of the feature)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def class_token(model: Callable, images: torch.Tensor) -> torch.Tensor:
+    """What ``model`` returns, the first of several class tokens: k-NN and retrieval. (batch, dim)."""
+    output = model(images)
+    output = output[0] if isinstance(output, tuple) else output
+    return output[:, 0] if output.ndim == 3 else output
+
+
+def block_class_tokens(model: nn.Module, images: torch.Tensor, n_last_blocks: int = 4) -> torch.Tensor:
+    """Class tokens of the last blocks, oldest first, each through the final norm: (batch, n_last_blocks * dim)."""
+    return torch.cat([tokens[:, 0] for tokens in model.get_intermediate_layers(images, n_last_blocks)], dim=1)
+
+
+def class_token_and_patch_mean(model: nn.Module, images: torch.Tensor, interleaved: bool = True) -> torch.Tensor:
+    """Class token and mean patch token of the last block: (batch, 2 * dim).
+
+    parity: DINO's linear heads expect them interleaved, class_0, mean_0, class_1, mean_1, ... (DINO eval_linear.py).
+    """
+    (tokens,) = model.get_intermediate_layers(images, 1)
+    parts = (tokens[:, 0], tokens[:, model.num_prefix_tokens :].mean(dim=1))
+    return torch.stack(parts, dim=2).flatten(1) if interleaved else torch.cat(parts, dim=1)
+
+
+def multiscale_class_token(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Mean class token over the scales 1, 1/sqrt(2) and 1/2, for retrieval: (batch, dim).
+
+    parity: divided by the norm of the whole batch, which is a unit vector for one image at a time (DINO utils.py).
+    """
+    total = class_token(model, images)
+    for scale in (2**-0.5, 0.5):
+        total = total + class_token(model, F.interpolate(images, scale_factor=scale, mode="bilinear"))
+    return total / 3 / (total / 3).norm()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Extraction
+# ---------------------------------------------------------------------------------------------------------------------
+
+LINES_EVERY = 10.0  # seconds between progress lines
+GATHER_ROWS = 8192  # rows of every process that travel together
+
+
+def extract_features(
+    model_fn: Callable[[torch.Tensor], torch.Tensor],
+    source: "Source",
+    transform: Callable,
+    *,
+    world: World,
+    batch_size: int = 128,
+    num_workers: int = 10,
+    device: torch.device,
+    feature: Callable[[Callable, torch.Tensor], torch.Tensor] = class_token,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``feature(model_fn, images)`` of every image: features (images, dim) float32 and labels (images,), on the CPU.
+
+    ``transform``: PIL RGB -> (3, height, width). A network runs in evaluation mode without gradients and is left in
+    the mode it was in. Every process returns everything. Raises UsageError when an image cannot be read.
+    """
+    indices = range(world.rank, len(source), world.size)
+    images = _Images(source, transform, indices)
+    loader = DataLoader(
+        images,
+        batch_size=batch_size,
+        num_workers=min(num_workers, -(-len(indices) // batch_size)),
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+    )
+    local, found, problem = torch.empty(0, 0), [torch.empty(0, dtype=torch.long)], ""
+    progress, done = _Progress(source, world), 0
+    with evaluating(model_fn), torch.no_grad():
+        for batch_indices, batch, problem in loader:
+            if problem:
+                break
+            rows = feature(model_fn, batch.to(device, non_blocking=True))
+            if not done:
+                local = torch.empty(len(indices), rows.shape[1])
+            local[done : done + len(rows)] = rows.float()
+            done += len(rows)
+            found.append(batch_indices)
+            progress.report(len(rows))
+    _agree_that_nothing_is_wrong(problem, source, world)
+    features = gather_rows(local[:done], torch.cat(found), len(source), world)
+    return features, labels_of(source)
+
+
+def labels_of(source: "Source") -> torch.Tensor:
+    """(images,) int64, copied: a source may hand out a read-only map of its index."""
+    return torch.from_numpy(np.array(source.labels, dtype=np.int64))
+
+
+class _Images(Dataset):
+    """The images ``indices`` of a source, transformed; an unreadable one is returned as the reason why."""
+
+    def __init__(self, source: "Source", transform: Callable, indices: range):
+        self.source, self.transform, self.indices = source, transform, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, torch.Tensor | None, str]:
+        from data.datasets import BadImage
+
+        index = self.indices[position]
+        try:
+            return index, self.transform(self.source.pil(index)), ""
+        except BadImage as error:
+            return index, None, f"{error.name}: {error.reason}"
+
+
+def _collate(items: list[tuple[int, torch.Tensor | None, str]]) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+    problem = next((reason for _, _, reason in items if reason), "")
+    images = None if problem else torch.stack([image for _, image, _ in items])
+    return torch.tensor([index for index, _, _ in items]), images, problem
+
+
+class _Progress:
+    """A line in the log every few seconds, and one at the end: images done by all processes, images per second."""
+
+    def __init__(self, source: "Source", world: World):
+        self.source, self.world = source, world
+        self.done, self.start, self.last = 0, time.monotonic(), time.monotonic()
+
+    def report(self, images: int) -> None:
+        self.done = min(self.done + images * self.world.size, len(self.source))
+        now = time.monotonic()
+        if now - self.last >= LINES_EVERY or self.done == len(self.source):
+            rate = self.done / max(now - self.start, 1e-9)
+            log.info(f"features of {self.source.name}: {self.done} of {len(self.source)} images, {rate:.0f} images/s")
+            self.last = now
+
+
+@contextlib.contextmanager
+def evaluating(model: Callable) -> Iterator[None]:
+    """``model`` in evaluation mode; afterwards every part of it is again in the mode it was in."""
+    modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _agree_that_nothing_is_wrong(problem: str, source: "Source", world: World) -> None:
+    """All processes raise when one could not read an image; a process alone would leave the others waiting."""
+    problems = [problem]
+    if world.size > 1:
+        problems = [""] * world.size
+        dist.all_gather_object(problems, problem)
+    if problem := next(filter(None, problems), ""):
+        raise UsageError(f"{source.name}: cannot read {problem}; mend or remove that image")
+
+
+def gather_rows(local: torch.Tensor, indices: torch.Tensor, total: int, world: World) -> torch.Tensor:
+    """Rows (rows, dim) of every process, with the indices they belong to, as (total, dim) on each; in pieces.
+
+    Raises RuntimeError when an index in [0, total) has no row, or more than one.
+    """
+    dim = torch.tensor([local.shape[1], local.shape[0]], device=world.device)
+    if world.size > 1:
+        dist.all_reduce(dim, op=dist.ReduceOp.MAX)
+    dim, longest = dim.tolist()
+    features, counts = torch.zeros(total, dim), torch.zeros(total, dtype=torch.long)
+    for start in range(0, longest, GATHER_ROWS):
+        part, where = local[start : start + GATHER_ROWS], indices[start : start + GATHER_ROWS]
+        if world.size > 1:
+            part, where = _all_gather(part, where, min(GATHER_ROWS, longest - start), dim, world)
+        features[where] = part
+        counts += torch.bincount(where, minlength=total)
+    if (counts != 1).any():
+        missing, doubled = (counts == 0).nonzero().flatten().tolist(), (counts > 1).nonzero().flatten().tolist()
+        parts = [f"{kind} {_shortened(rows)}" for kind, rows in (("missing", missing), ("doubled", doubled)) if rows]
+        raise RuntimeError(f"extracted {total - len(missing)} of {total} images; " + "; ".join(parts))
+    return features
+
+
+def _all_gather(part, where, rows, dim, world):
+    """Up to ``rows`` rows from every process; shorter contributions are padded, and the padding dropped again."""
+    padded = torch.zeros(rows, dim, device=world.device)
+    index = torch.full((rows,), -1, dtype=torch.long, device=world.device)
+    if len(part):  # a process without images does not know the width of a row
+        padded[: len(part)], index[: len(where)] = part, where
+    all_rows = [torch.empty_like(padded) for _ in range(world.size)]
+    all_indices = [torch.empty_like(index) for _ in range(world.size)]
+    dist.all_gather(all_rows, padded)
+    dist.all_gather(all_indices, index)
+    all_rows, all_indices = torch.cat(all_rows).cpu(), torch.cat(all_indices).cpu()
+    return all_rows[all_indices >= 0], all_indices[all_indices >= 0]
+
+
+def _shortened(rows: list[int], show: int = 8) -> str:
+    return ", ".join(map(str, rows[:show])) + (f" and {len(rows) - show} more" if len(rows) > show else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features kept in a folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over names, shapes and values of a network's state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """Normalised features of a train and a test set in a folder, in DINO's files, and a key of all that shapes them.
+
+    The key is any flat dict: weights, architecture, preprocessing, lists of images, kind of feature. Features are
+    given back only where the whole key is the same.
+    """
+
+    PARTS = ("trainfeat", "testfeat", "trainlabels", "testlabels")
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def difference(self, key: dict) -> str:
+        """Why the features in the folder are not those of ``key``; '' when they are."""
+        if not self.folder.is_dir() or not any(self.folder.glob("*feat.pth")):
+            return "no features there yet"
+        try:
+            stored = json.loads((self.folder / "features.json").read_text())
+        except FileNotFoundError:
+            return "no features.json there: nobody knows which checkpoint these features come from"
+        except (OSError, ValueError) as error:
+            return f"features.json cannot be read ({error})"
+        differing = [name for name in {**stored, **key} if stored.get(name) != key.get(name)]
+        return "; ".join(f"{n} is {_brief(stored.get(n))} there and {_brief(key.get(n))} here" for n in differing)
+
+    def load(self, key: dict) -> tuple[torch.Tensor, ...] | None:
+        """(train features, test features, train labels, test labels), or None; the log says which and why."""
+        why, parts = self.difference(key), []
+        if not why:
+            try:
+                parts = [torch.load(self.folder / f"{part}.pth", weights_only=True) for part in self.PARTS]
+            except Exception as error:  # a damaged file fails in many ways, and is extracted again
+                why = f"a file cannot be read ({str(error).splitlines()[0]})"
+        log.info(f"features in {self.folder}: " + (f"not used, {why}" if why else "used, same network and images"))
+        return None if why else tuple(parts)
+
+    def save(self, key: dict, parts: tuple[torch.Tensor, ...]) -> None:
+        """The key is written last, so that an interrupted run leaves no key that promises too much."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "features.json").unlink(missing_ok=True)
+            for name, tensor in zip(self.PARTS, parts, strict=True):
+                save_torch(tensor.cpu(), self.folder / f"{name}.pth")
+            save_atomically(self.folder / "features.json", lambda path: path.write_text(json.dumps(key, indent=1)))
+        except OSError as error:
+            raise UsageError(f"{self.folder}: features cannot be written there: {error}") from error
+        log.info(f"features written to {self.folder}")
+
+
+def _brief(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:12] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every evaluation asks and answers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_network_arguments(parser: argparse._ActionsContainer) -> None:
+    """The options by which every evaluation is told what to look at, named as in the originals."""
+    add = parser.add_argument
+    add("--pretrained_weights", default="", help="checkpoint of any known layout; left out: random weights")
+    add("--checkpoint_key", default="teacher", help="which of a training checkpoint's networks to evaluate")
+    add("--arch", default=None, help="architecture; left out: the checkpoint's own, else vit_small")
+    add("--patch_size", default=None, type=int, help="left out: the checkpoint's own, else 16")
+
+
+def add_data_arguments(parser: argparse._ActionsContainer) -> None:
+    """The options by which evaluations on a train and a test set are told what to look at it with."""
+    add = parser.add_argument
+    add("--data_path", default=None, help="folder with train/ and val/; left out: tiles of the bundled photographs")
+    add("--subset", default=None, type=int, help="training images per class; left out: all")
+    add("--crop_size", default=None, type=int, help="pixels; left out: the checkpoint's global_crops_size, else 224")
+    add("--resize_size", default=None, type=int, help="shorter side before the crop; left out: crop * 256 / 224")
+    add("--batch_size_per_gpu", default=128, type=int, help="images per forward pass and process")
+    add("--num_workers", default=10, type=int, help="processes that decode images, per process")
+
+
+def add_process_arguments(parser: argparse._ActionsContainer) -> None:
+    add = parser.add_argument
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
+    add("--dist_url", default="env://", help="how processes find each other")
+    add("--local_rank", default=0, type=int, help="accepted and ignored: torchrun sets it in the environment")
+
+
+def check_common_arguments(args: argparse.Namespace) -> None:
+    """Raise UsageError for values that cannot work, before anything is read."""
+    for name in ("crop_size", "resize_size", "subset", "batch_size_per_gpu", "patch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: must be at least 1")
+    if args.num_workers < 0:
+        raise UsageError(f"--num_workers {args.num_workers}: must be 0 (decode in this process) or more")
+    check_writable(Path(args.output_dir))
+
+
+def crop_and_resize(args: argparse.Namespace, network: Network) -> tuple[int, int]:
+    """Crop and shorter side in pixels: as asked, else as the network was trained, else 224 of 256."""
+    recorded = network.report.info.arguments.get("global_crops_size") if network.report else None
+    crop = args.crop_size or (recorded if isinstance(recorded, int) else 224)
+    margin = 1 if args.data_path is None else 256 / 224  # a bundled tile has no border to cut off
+    resize, patch = args.resize_size or round(crop * margin), network.arguments.get("patch_size", 1)
+    if not patch <= crop <= resize:
+        raise UsageError(f"--crop_size {crop} --resize_size {resize}: need patch size ({patch}) <= crop <= resize")
+    return crop, resize
+
+
+def open_train_and_test(data_path: str | None, subset: int | None) -> tuple["Source", "Source"]:
+    """``data_path``/train, up to ``subset`` images per class, and ``data_path``/val; None: the bundled photographs."""
+    from data.datasets import open_source
+
+    if data_path is None:
+        return open_source(None, subset, "train"), open_source(None, split="test")
+    folders = [Path(data_path) / part for part in ("train", "val")]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(f"--data_path {data_path}: has no {folder.name}/ with a folder per class")
+    return open_source(str(folders[0]), subset, "train"), open_source(str(folders[1]), split="val")
+
+
+def common_labels(train: "Source", test: "Source") -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels of both sets in the train set's numbering; classes are matched by name."""
+    train_labels, test_labels = labels_of(train), labels_of(test)
+    for source, labels in ((train, train_labels), (test, test_labels)):
+        if (labels < 0).any():
+            raise UsageError(f"{source.name}: images without a class; needs one folder per class")
+    numbers = {name: number for number, name in enumerate(train.class_names)}
+    unknown = [name for name in test.class_names if name not in numbers]
+    if unknown:
+        raise UsageError(f"{test.name}: {len(unknown)} classes are not in {train.name}, such as {unknown[0]}")
+    return train_labels, torch.tensor([numbers[name] for name in test.class_names])[test_labels]
+
+
+def network_from_options(args: argparse.Namespace) -> Network:
+    """The network that ``add_network_arguments`` describes; says loudly when its weights are random (seed 0)."""
+    if args.pretrained_weights:
+        network = network_from_file(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
+        info = network.report.info
+        log.info(f"{info.path}: {info.layout.name}, {network.arch}: {network.report}")
+        for note in info.notes:
+            log.info(f"{info.path}: {note}")
+        return network
+    arch, patch_size = ALIASES.get(args.arch, args.arch) or "vit_small", args.patch_size or 16
+    if is_vision_transformer(arch) and 224 % patch_size:
+        raise UsageError(f"--patch_size {patch_size}: must divide 224, the size at which positions are laid out")
+    arguments = {"patch_size": patch_size} if is_vision_transformer(arch) else {}
+    log.warning(
+        f"NO --pretrained_weights: {arch} WITH RANDOM WEIGHTS IS EVALUATED; its numbers say nothing of training"
+    )
+    return Network(untrained(arch, arguments), arch, arguments, None)
+
+
+def untrained(arch: str, arguments: dict, seed: int = 0) -> nn.Module:
+    """The same architecture with the weights that ``seed`` draws; the caller's generators are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_backbone(arch, **arguments)
+
+
+def write_result(output_dir: str, evaluation: str, network: Network, checkpoint_key: str, data: str, numbers) -> Path:
+    """``<output_dir>/<evaluation>.json``: one line, with the same fields in every evaluation."""
+    info = network.report.info if network.report else None
+    result = {
+        "evaluation": evaluation,
+        "checkpoint": str(info.path) if info else None,
+        "checkpoint_key": (info.key or checkpoint_key) if info else None,
+        "arch": network.label,
+        "data": data,
+        "numbers": numbers,
+    }
+    path = Path(output_dir) / f"{evaluation}.json"
+    make_folder(path.parent)
+    try:
+        save_atomically(path, lambda temporary: temporary.write_text(json.dumps(result) + "\n"))
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir}: {path.name} cannot be written: {error}") from error
+    return path

@@ -1,0 +1,237 @@
+"""Row i is image i, whatever happens; and kept features are never those of something else."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import features
+from data.preprocess import eval_transform
+from features import (
+    FeatureCache,
+    block_class_tokens,
+    class_token,
+    class_token_and_patch_mean,
+    common_labels,
+    evaluating,
+    extract_features,
+    gather_rows,
+    multiscale_class_token,
+    untrained,
+    weights_hash,
+)
+from models.vit import VisionTransformer
+from tests.sources import Stripes
+from utils import UsageError, World
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+TRANSFORM = eval_transform(32, 36)
+
+
+def small(**kwargs) -> VisionTransformer:
+    return VisionTransformer(**{"embed_dim": 12, "depth": 3, "num_heads": 3, "patch_size": 8, "img_size": 32} | kwargs)
+
+
+def extract(model, source, **kwargs):
+    options = {"world": ALONE, "device": ALONE.device, "batch_size": 4, "num_workers": 0}
+    return extract_features(model, source, TRANSFORM, **options | kwargs)
+
+
+# ---- extraction -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images_per_class", [1, 5])
+def test_rows_are_images_in_order_and_labels_are_the_sources(images_per_class):
+    model, source = small().eval(), Stripes(classes=3, per_class=images_per_class)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        matrix, labels = extract(model, source)
+    assert matrix.shape == (len(source), 12) and matrix.dtype == torch.float32
+    assert labels.tolist() == source.labels.tolist()
+    for index in range(len(source)):
+        with torch.no_grad():
+            alone = model(TRANSFORM(source.pil(index))[None])[0]
+        torch.testing.assert_close(matrix[index], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_neither_batches_nor_workers_change_a_row():
+    model, source = small(), Stripes()
+    reference, _ = extract(model, source)
+    for options in ({"batch_size": 7}, {"batch_size": 100}, {"num_workers": 2}):
+        torch.testing.assert_close(extract(model, source, **options)[0], reference, rtol=1e-5, atol=1e-6)
+
+
+def test_the_network_evaluates_without_gradients_and_every_part_returns_to_its_mode():
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 32 * 32, 5))
+    model.train()
+    model[1].eval()
+    seen = []
+    model[2].register_forward_hook(lambda *_: seen.append((model.training, torch.is_grad_enabled())))
+    first, _ = extract(model, Stripes(2, 2))
+    assert set(seen) == {(False, False)}
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    assert not first.requires_grad
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        raise ZeroDivisionError
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+
+
+def test_a_plain_function_of_images_will_do_and_so_will_another_feature():
+    source = Stripes(2, 3)
+    pixels, _ = extract(lambda images: images.flatten(1), source)
+    assert pixels.shape == (6, 3 * 32 * 32)
+    model = small()
+    two, _ = extract(model, source, feature=lambda m, x: block_class_tokens(m, x, 2))
+    assert two.shape == (6, 24)
+    torch.testing.assert_close(two[:, 12:], extract(model, source)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_with_the_reason(workers):
+    with pytest.raises(UsageError, match=r"stripes/5.png.*cut off in the middle"):
+        extract(small(), Stripes(bad=(5,)), num_workers=workers)
+
+
+def test_progress_is_told_with_a_rate(caplog):
+    caplog.set_level("INFO", "tutelage")
+    extract(small(), Stripes(2, 3))
+    assert "6 of 6 images" in caplog.text and "images/s" in caplog.text
+
+
+def test_missing_and_doubled_rows_are_errors_that_name_them():
+    rows = torch.arange(4.0)[:, None]
+    assert gather_rows(rows, torch.tensor([2, 0, 3, 1]), 4, ALONE).flatten().tolist() == [1, 3, 0, 2]
+    with pytest.raises(RuntimeError, match=r"extracted 3 of 4 images; missing 1; doubled 3"):
+        gather_rows(rows, torch.tensor([2, 0, 3, 3]), 4, ALONE)
+    with pytest.raises(RuntimeError, match=r"extracted 4 of 20 images; missing 4, 5, 6, 7, 8, 9, 10, 11 and 8 more"):
+        gather_rows(rows, torch.tensor([0, 1, 2, 3]), 20, ALONE)
+
+
+def test_rows_are_placed_in_pieces(monkeypatch):
+    monkeypatch.setattr(features, "GATHER_ROWS", 3)
+    order = torch.randperm(10)
+    assert torch.equal(gather_rows(order[:, None].float(), order, 10, ALONE).flatten(), torch.arange(10.0))
+
+
+# ---- kinds of features ----------------------------------------------------------------------------------------------
+
+
+def test_the_class_token_of_several_is_the_first_and_of_a_tuple_the_first_element():
+    images = torch.randn(2, 3, 32, 32)
+    model = small(num_class_tokens=2).eval()
+    assert torch.equal(class_token(model, images), model(images)[:, 0])
+    assert torch.equal(class_token(lambda x: (x.flatten(1), None), images), images.flatten(1))
+
+
+def test_class_token_and_patch_mean_come_interleaved_or_one_after_the_other():
+    model, images = small(num_registers=2).eval(), torch.randn(2, 3, 32, 32)
+    mixed = class_token_and_patch_mean(model, images)
+    plain = class_token_and_patch_mean(model, images, interleaved=False)
+    torch.testing.assert_close(mixed[:, 0::2], plain[:, :12])
+    torch.testing.assert_close(mixed[:, 1::2], plain[:, 12:])
+    torch.testing.assert_close(plain[:, 12:], model.forward_features(images)[:, 3:].mean(dim=1))
+
+
+def test_the_multiscale_feature_of_one_image_has_unit_norm():
+    feature = multiscale_class_token(small().eval(), torch.randn(1, 3, 64, 48))
+    torch.testing.assert_close(feature.norm(), torch.tensor(1.0))
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+KEY = {"weights": "a" * 64, "arch": "vit_small/16", "train": "t", "test": "v", "preprocessing": "p", "feature": "f"}
+
+
+def parts() -> tuple[torch.Tensor, ...]:
+    return torch.randn(5, 3), torch.randn(4, 3), torch.arange(5), torch.arange(4)
+
+
+def test_kept_features_come_back_for_the_same_key_only(tmp_path, caplog):
+    caplog.set_level("INFO", "tutelage")
+    cache, kept = FeatureCache(tmp_path / "features"), parts()
+    assert cache.load(KEY) is None and "no features there yet" in caplog.text
+    cache.save(KEY, kept)
+    assert all(map(torch.equal, cache.load(KEY), kept)) and "used, same network and images" in caplog.text
+    for name in KEY:
+        caplog.clear()
+        assert cache.load(KEY | {name: "other"}) is None
+        assert f"{name} is" in caplog.text and "not used" in caplog.text
+    assert cache.load(KEY | {"new": 1}) is None
+
+
+def test_features_lie_in_the_originals_files(tmp_path):
+    kept = parts()
+    FeatureCache(tmp_path).save(KEY, kept)
+    for name, tensor in zip(("trainfeat", "testfeat", "trainlabels", "testlabels"), kept, strict=True):
+        assert torch.equal(torch.load(tmp_path / f"{name}.pth"), tensor)
+    assert json.loads((tmp_path / "features.json").read_text()) == KEY
+
+
+def test_features_without_a_key_or_with_a_damaged_file_are_not_used(tmp_path):
+    cache = FeatureCache(tmp_path)
+    cache.save(KEY, parts())
+    (tmp_path / "testfeat.pth").write_bytes(b"junk")
+    assert cache.load(KEY) is None
+    cache.save(KEY, parts())
+    (tmp_path / "features.json").write_text("{")
+    assert "cannot be read" in cache.difference(KEY)
+    (tmp_path / "features.json").unlink()  # as the original leaves them
+    assert "nobody knows which checkpoint" in cache.difference(KEY)
+
+
+def test_an_interrupted_save_leaves_no_key(tmp_path, monkeypatch):
+    cache = FeatureCache(tmp_path)
+    cache.save(KEY, parts())
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(features, "save_torch", full)
+    with pytest.raises(UsageError, match="No space left"):
+        cache.save(KEY | {"weights": "b" * 64}, parts())
+    assert cache.load(KEY | {"weights": "b" * 64}) is None and cache.load(KEY) is None
+
+
+def test_one_changed_weight_changes_the_hash():
+    model = small()
+    before = weights_hash(model)
+    assert weights_hash(model) == before
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.bias[3] += 1e-6
+    assert weights_hash(model) != before
+
+
+# ---- what evaluations share -----------------------------------------------------------------------------------------
+
+
+def test_untrained_networks_are_the_same_every_time_and_disturb_no_generator():
+    state = torch.get_rng_state()
+    first, second = (untrained("vit_micro", {"patch_size": 16}) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert weights_hash(first) == weights_hash(second)
+    assert weights_hash(untrained("vit_micro", {"patch_size": 16}, seed=1)) != weights_hash(first)
+
+
+def test_classes_are_matched_by_name_and_not_by_number():
+    train, test = Stripes(4, 2), Stripes(2, 2)
+    test.class_names = ["class3", "class1"]
+    assert [labels.tolist() for labels in common_labels(train, test)] == [train.labels.tolist(), [3, 1, 3, 1]]
+    test.class_names = ["class3", "dog"]
+    with pytest.raises(UsageError, match=r"1 classes are not in .*such as dog"):
+        common_labels(train, test)
+    test.labels = np.array([-1, 0, 1, 0])
+    with pytest.raises(UsageError, match="without a class"):
+        common_labels(train, test)
+
+
+def test_preprocessing_is_that_of_torchvision_and_normalises():
+    image = Stripes(size=50).pil(0)
+    out = eval_transform(32, 36)(image)
+    assert out.shape == (3, 32, 32) and out.dtype == torch.float32
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert float((out * std + mean).min()) > -0.01 and float((out * std + mean).max()) < 1.01
+    assert F.mse_loss(out, eval_transform(32, 36)(image)) == 0
