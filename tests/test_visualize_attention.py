@@ -1,0 +1,226 @@
+"""Maps, masks and pictures of attention, and the script that writes them."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models import build_backbone
+from models.vit import VisionTransformer
+from tests.parity import load_cases, run_case
+from tests.sources import Stripes
+from utils import UsageError, run_cli
+from visualize_attention import (
+    attention_maps,
+    attention_sheet,
+    blended,
+    bright_colour,
+    heat,
+    keep_mass,
+    main,
+    pixels,
+    read_image,
+    stretched,
+)
+
+COLOUR_MAPS = Path(__file__).parent / "golden" / "eval_core" / "data_colormaps.json"
+
+
+def small(**kwargs) -> VisionTransformer:
+    return VisionTransformer(embed_dim=12, depth=2, num_heads=3, patch_size=4, img_size=32, **kwargs).eval()
+
+
+def test_golden_case():
+    (case,) = (case for case in load_cases(COLOUR_MAPS.parents[1], ["eval_core"]) if case.name == "attention_threshold")
+    result = run_case(case)
+    assert result.status == "ok", result.problems
+
+
+# ---- maps and masks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [{}, {"num_class_tokens": 2}, {"num_registers": 3}])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 24), (43, 30)])
+def test_maps_are_the_attention_of_the_class_token_to_the_patches(tokens, height, width):
+    model, images = small(**tokens), torch.randn(2, 3, height, width)
+    rows, columns = height // 4, width // 4
+    maps = attention_maps(model, images)
+    assert maps.shape == (2, 3, rows, columns)
+    full = model.get_last_selfattention(images[..., : rows * 4, : columns * 4])
+    patches = slice(model.num_prefix_tokens, None)
+    torch.testing.assert_close(maps.flatten(2), full[:, :, 0, patches])
+    last = model.num_class_tokens - 1
+    torch.testing.assert_close(attention_maps(model, images, class_token=last).flatten(2), full[:, :, last, patches])
+
+
+def test_networks_without_a_class_token_are_refused():
+    with pytest.raises(UsageError, match=r"ResNet.*vit_"):
+        attention_maps(build_backbone("resnet18"), torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.6, 0.95, 1.0])
+def test_a_mask_keeps_the_fewest_strongest_patches_that_hold_the_mass(threshold):
+    maps = torch.rand(2, 3, 5, 7, dtype=torch.float64) ** 3
+    masks = keep_mass(maps, threshold)
+    assert masks.shape == maps.shape and masks.dtype == torch.bool
+    for values, mask in zip(maps.flatten(0, 1), masks.flatten(0, 1), strict=True):
+        kept, total = values[mask], values.sum()
+        assert kept.sum() >= threshold * total - 1e-9  # enough of it,
+        assert kept.sum() - kept.min() < threshold * total + 1e-9  # with no patch to spare,
+        assert mask.all() or kept.min() >= values[~mask].max()  # and the strongest ones
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_heat_uses_the_reference_colour_table():
+    viridis = np.array(json.loads(COLOUR_MAPS.read_text())["viridis"])
+    values = np.linspace(-3, 5, 1000).reshape(20, 50)
+    index = np.minimum(255, np.floor(256 * (values + 3) / 8)).astype(int)
+    assert np.array_equal(heat(values), viridis[index])
+    assert np.array_equal(heat(np.ones((2, 2))), np.broadcast_to(viridis[0], (2, 2, 3)))
+
+
+def test_pictures_show_the_image_in_its_own_colours_or_stretched():
+    photograph = Stripes(size=32).array(1)
+    mean, std = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
+    normalised = torch.from_numpy((photograph / 255 - mean) / std).permute(2, 0, 1).float()
+    assert np.array_equal(pixels(normalised), photograph)
+    assert (stretched(normalised).min(), stretched(normalised).max()) == (0, 255)
+
+
+def test_a_mask_is_half_colour_half_image_with_an_outline_and_the_rest_is_untouched():
+    image = np.full((40, 40, 3), 100, np.uint8)
+    mask = np.zeros((40, 40), bool)
+    mask[8:32, 8:32] = True
+    picture = blended(image, mask, (255, 0, 51))
+    assert picture[20, 20].tolist() == [177, 50, 75] and picture[8, 20].tolist() == [255, 0, 51]
+    assert np.array_equal(picture[~mask], image[~mask])
+
+
+def test_colours_are_bright_differ_and_are_the_same_every_time():
+    colours = [bright_colour(number) for number in range(12)]
+    assert colours == [bright_colour(number) for number in range(12)] and len(set(colours)) > 8
+    assert all(max(colour) == 255 and min(colour) == 0 for colour in colours)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 6, 12])
+def test_the_sheet_holds_the_image_the_mean_and_every_head(heads):
+    image = Stripes(size=48).array(0)
+    sheets = [attention_sheet(image, torch.rand(heads, 6, 6)) for _ in range(2)]
+    assert sheets[0].dtype == np.uint8 and sheets[0].shape[2] == 3
+    assert sheets[0].shape == sheets[1].shape  # so that sheets can be stacked
+    cells = 2 + heads
+    assert sheets[0].shape[0] * sheets[0].shape[1] > cells * 240 * 240
+    wider = attention_sheet(image, torch.rand(heads, 6, 6), [image] * heads)
+    assert wider.size > sheets[0].size
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def visualise(monkeypatch, tmp_path, capsys):
+    """Run the script in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        options = ["--device", "cpu", "--output_dir", tmp_path / "out", *arguments]
+        monkeypatch.setattr(sys, "argv", ["visualize_attention.py", *map(str, options)])
+        with pytest.raises(SystemExit) as exit_:
+            run_cli(main)
+        return exit_.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    torch.save(build_backbone("vit_micro", 8, img_size=64).state_dict(), tmp_path / "weights.pth")
+    return tmp_path / "weights.pth"
+
+
+def photographs(folder: Path) -> Path:
+    folder.mkdir()
+    image = Image.fromarray(Stripes(size=90).array(0)).crop((0, 0, 90, 61))
+    (folder / "nested").mkdir()
+    image.save(folder / "one.jpg")
+    image.convert("L").save(folder / "two.png")
+    image.convert("RGBA").save(folder / "nested" / "one.png")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def test_one_image_becomes_the_originals_files_and_a_sheet(visualise, weights, tmp_path):
+    image = photographs(tmp_path / "photos") / "one.jpg"
+    code, said, error = visualise(
+        "--pretrained_weights", weights, "--image_path", image, "--image_size", 60, 84, "--threshold", 0.6
+    )
+    assert code == 0, error
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    heads = {f"attn-head{h}.png" for h in range(4)} | {f"mask_th0.6_head{h}.png" for h in range(4)}
+    assert names == {"img.png", "sheet.png"} | heads and "one.jpg" in said
+    for name in names - {"sheet.png"}:
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert (picture.size, picture.mode) == ((80, 56), "RGB")  # cut to whole patches
+    with Image.open(tmp_path / "out" / "attn-head0.png") as picture:
+        blocks = np.asarray(picture).reshape(7, 8, 10, 8, 3)
+    assert (blocks == blocks[:, :1, :, :1]).all()  # every patch is one colour
+
+
+def test_a_folder_becomes_a_folder_for_every_image_with_its_shape_kept_if_asked(visualise, weights, tmp_path):
+    folder = photographs(tmp_path / "photos")
+    code, _, error = visualise("--pretrained_weights", weights, "--data_path", folder, "--image_size", 40)
+    assert code == 0, error
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == ["0000_one", "0001_one", "two"]
+    with Image.open(tmp_path / "out" / "two" / "img.png") as picture:
+        assert picture.size == (56, 40)
+    assert not (tmp_path / "out" / "two" / "mask_th0.6_head0.png").exists()
+
+
+def test_pictures_are_the_same_every_time(visualise, weights, tmp_path):
+    image = photographs(tmp_path / "photos") / "one.jpg"
+    options = ("--pretrained_weights", weights, "--image_path", image, "--image_size", 64, "--threshold", 0.5)
+    visualise(*options)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    visualise(*options)
+    assert first == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def test_sixteen_bit_images_are_scaled_and_not_cut_off(tmp_path):
+    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    picture = pixels(read_image(tmp_path / "deep.png", [64]))
+    assert np.abs(picture[..., 0].astype(int) - values // 257).max() <= 1
+
+
+def test_random_weights_are_announced(visualise, tmp_path):
+    image = photographs(tmp_path / "photos") / "one.jpg"
+    code, said, _ = visualise("--arch", "vit_micro", "--image_path", image, "--image_size", 32)
+    assert code == 0 and "RANDOM WEIGHTS" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--image_path", "no/where.jpg"], "no/where.jpg"),
+        (["--image_path", "tests/methods"], "no image in this folder"),
+        (["--image_path", "pyproject.toml"], "cannot be read as an image"),
+        (["--threshold", "1.5"], "--threshold 1.5"),
+        (["--image_size", "1", "2", "3"], "--image_size 1 2 3"),
+        (["--image_size", "8"], "smaller than a patch"),
+        (["--arch", "resnet18"], "no class token"),
+        (["--output_dir", "/proc/nothing"], "/proc/nothing"),
+        (["--pretrained_weights", "tests/golden/unic/checkpoint_plain.pth"], "width 18"),
+    ],
+)
+def test_bad_options_end_in_one_line_and_exit_code_two(visualise, tmp_path, monkeypatch, arguments, word):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    defaults = ["--arch", "vit_micro"] if "--pretrained_weights" not in arguments else []
+    image = photographs(tmp_path / "photos") / "one.jpg"
+    code, _, error = visualise(*defaults, "--image_path", image, *arguments)
+    assert code == 2 and word in error and error.count("\n") == 1, error
