@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,12 +19,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from data.datasets import BadImage, Source, open_source
 from models import ALIASES, build_backbone, is_vision_transformer
 from models.checkpoints import Network, network_from_file
 from utils import UsageError, World, check_writable, log, make_folder, save_atomically, save_torch
-
-if TYPE_CHECKING:
-    from data.datasets import Source
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which feature: pure functions (network, images (batch, 3, height, width)) -> (batch, width of the feature)
@@ -75,7 +72,7 @@ GATHER_ROWS = 8192  # rows of every process that travel together
 
 def extract_features(
     model_fn: Callable[[torch.Tensor], torch.Tensor],
-    source: "Source",
+    source: Source,
     transform: Callable,
     *,
     world: World,
@@ -116,7 +113,7 @@ def extract_features(
     return features, labels_of(source)
 
 
-def labels_of(source: "Source") -> torch.Tensor:
+def labels_of(source: Source) -> torch.Tensor:
     """(images,) int64, copied: a source may hand out a read-only map of its index."""
     return torch.from_numpy(np.array(source.labels, dtype=np.int64))
 
@@ -124,15 +121,13 @@ def labels_of(source: "Source") -> torch.Tensor:
 class _Images(Dataset):
     """The images ``indices`` of a source, transformed; an unreadable one is returned as the reason why."""
 
-    def __init__(self, source: "Source", transform: Callable, indices: range):
+    def __init__(self, source: Source, transform: Callable, indices: range):
         self.source, self.transform, self.indices = source, transform, indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[int, torch.Tensor | None, str]:
-        from data.datasets import BadImage
-
         index = self.indices[position]
         try:
             return index, self.transform(self.source.pil(index)), ""
@@ -149,7 +144,7 @@ def _collate(items: list[tuple[int, torch.Tensor | None, str]]) -> tuple[torch.T
 class _Progress:
     """A line in the log every few seconds, and one at the end: images done by all processes, images per second."""
 
-    def __init__(self, source: "Source", world: World):
+    def __init__(self, source: Source, world: World):
         self.source, self.world = source, world
         self.done, self.start, self.last = 0, time.monotonic(), time.monotonic()
 
@@ -175,7 +170,7 @@ def evaluating(model: Callable) -> Iterator[None]:
             module.training = mode
 
 
-def _agree_that_nothing_is_wrong(problem: str, source: "Source", world: World) -> None:
+def _agree_that_nothing_is_wrong(problem: str, source: Source, world: World) -> None:
     """All processes raise when one could not read an image; a process alone would leave the others waiting."""
     problems = [problem]
     if world.size > 1:
@@ -349,10 +344,8 @@ def crop_and_resize(args: argparse.Namespace, network: Network) -> tuple[int, in
     return crop, resize
 
 
-def open_train_and_test(data_path: str | None, subset: int | None) -> tuple["Source", "Source"]:
+def open_train_and_test(data_path: str | None, subset: int | None) -> tuple[Source, Source]:
     """``data_path``/train, up to ``subset`` images per class, and ``data_path``/val; None: the bundled photographs."""
-    from data.datasets import open_source
-
     if data_path is None:
         return open_source(None, subset, "train"), open_source(None, split="test")
     folders = [Path(data_path) / part for part in ("train", "val")]
@@ -362,7 +355,7 @@ def open_train_and_test(data_path: str | None, subset: int | None) -> tuple["Sou
     return open_source(str(folders[0]), subset, "train"), open_source(str(folders[1]), split="val")
 
 
-def common_labels(train: "Source", test: "Source") -> tuple[torch.Tensor, torch.Tensor]:
+def common_labels(train: Source, test: Source) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels of both sets in the train set's numbering; classes are matched by name."""
     train_labels, test_labels = labels_of(train), labels_of(test)
     for source, labels in ((train, train_labels), (test, test_labels)):

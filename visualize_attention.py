@@ -14,15 +14,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision import transforms
 
+from data.bundled import photograph_paths
+from data.datasets import EXTENSIONS, BadImage
+from data.decode import decode_pil
 from data.preprocess import MEAN, STD
 from features import add_network_arguments, evaluating, network_from_options
 from randomness import counted_uniforms
 from utils import Parser, UsageError, check_writable, init_world, log, make_folder, run_cli
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a network to maps and masks
@@ -159,25 +160,26 @@ def attention_sheet(image: np.ndarray, maps: torch.Tensor, masked: list[np.ndarr
 
 def image_files(path: str | None) -> list[Path]:
     """The image at ``path``, those below a folder, or the bundled photographs."""
-    folder = Path(path) if path else Path(__file__).resolve().parent / "data" / "photographs"
-    if folder.is_file():
-        return [folder]
-    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    if path is None:
+        return photograph_paths()
+    place = Path(path)
+    if place.is_file():
+        return [place]
+    found = sorted(file for file in place.rglob("*") if file.suffix.lower() in EXTENSIONS) if place.is_dir() else []
     if not found:
-        what = "no image in this folder" if folder.is_dir() else "no such file or folder"
-        raise UsageError(f"--image_path {folder}: {what}; pass an image ({', '.join(SUFFIXES[:3])}, ...) or a folder")
+        what = "no image in this folder" if place.is_dir() else "no such file or folder"
+        raise UsageError(f"--image_path {place}: {what}; pass an image ({', '.join(EXTENSIONS[:3])}, ...) or a folder")
     return found
 
 
 def read_image(path: Path, size: list[int]) -> torch.Tensor:
     """The normalised image (3, height, width) at ``size`` (height, width), or with its shorter side at one number."""
     try:
-        with Image.open(path) as file:
-            if file.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
-                file = Image.fromarray((np.asarray(file) // 257).astype(np.uint8))
-            image = file.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path}: cannot be read as an image ({error}); mend or remove it") from error
+        image = decode_pil(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    except BadImage as error:
+        raise UsageError(f"{path}: cannot be read as an image ({error.reason}); mend or remove it") from error
     steps = [transforms.Resize(size if len(size) == 2 else size[0]), transforms.ToTensor()]
     return transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(image)
 

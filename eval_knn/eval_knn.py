@@ -11,11 +11,11 @@ k = 20. Protocol and more numbers: README.md in this folder.
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
+from data.datasets import Source
 from data.preprocess import MEAN, STD, eval_transform
 from features import (
     FeatureCache,
@@ -35,9 +35,6 @@ from features import (
 )
 from models.checkpoints import Network
 from utils import Parser, UsageError, World, all_reduce_sum, bool_flag, init_world, keep_large_blocks, log, run_cli
-
-if TYPE_CHECKING:
-    from data.datasets import Source
 
 Accuracies = dict[int, tuple[float, float]]  # k -> (top-1, top-5) in percent
 
@@ -205,7 +202,7 @@ class Sets:
         self.transform = eval_transform(self.crop_size, self.resize_size)
 
 
-def extract(args: argparse.Namespace, model, source: "Source", sets: Sets, world: World, feature) -> torch.Tensor:
+def extract(args: argparse.Namespace, model, source: Source, sets: Sets, world: World, feature) -> torch.Tensor:
     features, _ = extract_features(
         model,
         source,

@@ -28,9 +28,7 @@ class Stripes(Source):
 
     def array(self, index: int) -> np.ndarray:
         if index in self.bad:
-            error = BadImage(self.image_name(index), "cut off in the middle")
-            error.name, error.reason = self.image_name(index), "cut off in the middle"
-            raise error
+            raise BadImage(self.image_name(index), "cut off in the middle")
         label = int(self.labels[index])
         rng = np.random.default_rng((self.seed, index))
         rows, columns = np.mgrid[: self.size, : self.size]

@@ -28,7 +28,6 @@ from models.checkpoints import (
 )
 from models.layouts import NAME_OF_SHAPE, to_timm, vit_arguments
 from models.vit import VisionTransformer
-from tests.parity import load_cases, run_case
 from utils import UsageError, run_cli
 
 ROOT = Path(__file__).parents[2]
@@ -130,15 +129,6 @@ def test_training_arguments_are_read_from_a_namespace_and_from_a_dict():
         assert (arguments["arch"], arguments["patch_size"], arguments["local_crops_number"]) == ("vit_small", 8, 8)
     assert checkpoint_arguments(GOLDEN / "dino" / "backbone_only.pth") == {}
     assert len(checkpoint_arguments(GOLDEN / "unic" / "checkpoint_namespace.pth")["lr_schedule"]) > 1  # a NumPy array
-
-
-@pytest.mark.parametrize(
-    ("method", "name"), [("dino", "checkpoint_and_features"), ("eval_core", "checkpoint_key_handling")]
-)
-def test_golden_cases(method, name):
-    (case,) = (case for case in load_cases(GOLDEN, [method]) if case.name == name)
-    result = run_case(case)
-    assert result.status == "ok", result.problems
 
 
 # ---- layouts without a golden file ----------------------------------------------------------------------------------
