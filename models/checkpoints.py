@@ -60,10 +60,12 @@ def _harmless_types() -> list:
     return [argparse.Namespace, np.ndarray, np.dtype, *functions, *numbers]
 
 
-def load_file(path: str | Path) -> dict:
-    """The dict that ``torch.save`` wrote, tensors on the CPU (mapped from the file where the format allows it).
+def load_file(path: str | Path, mapped: bool = False) -> dict:
+    """The dict that ``torch.save`` wrote, tensors on the CPU. Nothing in the file is executed.
 
-    Nothing in the file is executed. Raises CheckpointError, in one line, for whatever is not such a file.
+    ``mapped``: read tensors when they are used, where the format allows it. For what is copied at once only: a run that
+    keeps such tensors while it replaces its own checkpoints loses them on some file systems.
+    Raises CheckpointError, in one line, for whatever is not such a file.
     """
     path = Path(path)
     _check_is_torch_file(path)
@@ -71,7 +73,7 @@ def load_file(path: str | Path) -> dict:
         if is_archive := zipfile.is_zipfile(path):
             _compare_checksums(path)
         with torch.serialization.safe_globals(_harmless_types()):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_archive)
     except MemoryError:
         raise
     except Exception as error:  # a damaged or hostile file can fail in every way its bytes allow
@@ -166,7 +168,7 @@ def read_backbone(path: str | Path, checkpoint_key: str = "teacher") -> tuple[St
     The weights are looked for under ``checkpoint_key``, then ``state_dict``, then ``model``, then in the file itself.
     Raises CheckpointError when none of these holds tensors.
     """
-    file = load_file(path)
+    file = load_file(path, mapped=True)
     key, tensors = choose_tensors(file, checkpoint_key, path)
     layout, state = recognise(file, tensors), tensors
     for step in layout.convert:
@@ -220,7 +222,7 @@ def _summary(value) -> str:
 
 def checkpoint_arguments(path: str | Path) -> dict:
     """The options of the training run that wrote ``path``; {} where the file does not record them."""
-    return dict(recorded_arguments(load_file(path)))
+    return dict(recorded_arguments(load_file(path, mapped=True)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
