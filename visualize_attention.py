@@ -76,6 +76,7 @@ def enlarge(maps: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 GAP, LABEL_HEIGHT = 6, 22  # pixels of a contact sheet
 CELL = 240  # longer side of its pictures
+ROW = 8  # pictures beside each other, at most
 
 
 def heat(values: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -131,7 +132,7 @@ def attention_sheet(image: np.ndarray, maps: torch.Tensor, masked: list[np.ndarr
     scale = CELL / max(image.shape[:2])
     size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])  # width, height
     smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    rows = -(-len(cells) // 5)
+    rows = -(-len(cells) // ROW)
     columns = -(-len(cells) // rows)
     height, width = size[1] + LABEL_HEIGHT + GAP, size[0] + GAP
     sheet = np.full((rows * height + GAP, columns * width + GAP, 3), 255, np.uint8)
