@@ -20,8 +20,9 @@ from torchvision import transforms
 from data.bundled import photograph_paths
 from data.datasets import EXTENSIONS, BadImage
 from data.decode import decode_pil
-from data.preprocess import MEAN, STD
-from features import add_network_arguments, evaluating, network_from_options
+from data.preprocess import MEAN, STD, to_pixels
+from evaluation import add_network_arguments, network_from_options
+from features import evaluating
 from randomness import counted_uniforms
 from utils import Parser, UsageError, check_writable, init_world, log, make_folder, run_cli
 
@@ -91,12 +92,6 @@ def stretched(image: torch.Tensor) -> np.ndarray:
     """A normalised image (3, height, width) with its values stretched to black and white, as DINO saves its input."""
     image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-5)
     return (image * 255 + 0.5).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-
-
-def pixels(image: torch.Tensor) -> np.ndarray:
-    """A normalised image (3, height, width) in its own colours."""
-    mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in (MEAN, STD))
-    return ((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
 def blended(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
@@ -198,7 +193,7 @@ def visualise(model: torch.nn.Module, image: torch.Tensor, folder: Path, thresho
     maps = attention_maps(model, image[None])[0].float().cpu()
     height, width = maps.shape[-2] * patch, maps.shape[-1] * patch
     image = image[:, :height, :width].cpu()
-    photograph = pixels(image)
+    photograph = to_pixels(image)
     save_picture(stretched(image), folder / "img.png")
     for head, values in enumerate(enlarge(maps, patch)):
         save_picture(heat(values), folder / f"attn-head{head}.png")

@@ -1,12 +1,20 @@
-"""What an image goes through before a frozen network looks at it."""
+"""What an image goes through before a frozen network looks at it, and back."""
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision import transforms
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1], per colour channel
+
+
+def to_pixels(images: torch.Tensor) -> np.ndarray:
+    """Normalised images (..., 3, height, width) in their own colours: uint8 (..., height, width, 3)."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    pixels = (images.float() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return pixels.movedim(-3, -1).cpu().numpy()
 
 
 def eval_transform(crop_size: int = 224, resize_size: int = 256) -> Callable[[Image.Image], torch.Tensor]:

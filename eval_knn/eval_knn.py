@@ -17,22 +17,19 @@ import torch.nn.functional as F
 
 from data.datasets import Source
 from data.preprocess import MEAN, STD, eval_transform
-from features import (
-    FeatureCache,
+from evaluation import (
     add_data_arguments,
     add_network_arguments,
     add_process_arguments,
     check_common_arguments,
-    class_token,
     common_labels,
     crop_and_resize,
-    extract_features,
     network_from_options,
     open_train_and_test,
     untrained,
-    weights_hash,
     write_result,
 )
+from features import FeatureCache, class_token, extract_features, weights_hash
 from models.checkpoints import Network
 from utils import Parser, UsageError, World, all_reduce_sum, bool_flag, init_world, keep_large_blocks, log, run_cli
 

@@ -3,7 +3,6 @@
 import json
 import warnings
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -16,12 +15,10 @@ from features import (
     block_class_tokens,
     class_token,
     class_token_and_patch_mean,
-    common_labels,
     evaluating,
     extract_features,
     gather_rows,
     multiscale_class_token,
-    untrained,
     weights_hash,
 )
 from models.vit import VisionTransformer
@@ -206,26 +203,6 @@ def test_one_changed_weight_changes_the_hash():
 
 
 # ---- what evaluations share -----------------------------------------------------------------------------------------
-
-
-def test_untrained_networks_are_the_same_every_time_and_disturb_no_generator():
-    state = torch.get_rng_state()
-    first, second = (untrained("vit_micro", {"patch_size": 16}) for _ in range(2))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert weights_hash(first) == weights_hash(second)
-    assert weights_hash(untrained("vit_micro", {"patch_size": 16}, seed=1)) != weights_hash(first)
-
-
-def test_classes_are_matched_by_name_and_not_by_number():
-    train, test = Stripes(4, 2), Stripes(2, 2)
-    test.class_names = ["class3", "class1"]
-    assert [labels.tolist() for labels in common_labels(train, test)] == [train.labels.tolist(), [3, 1, 3, 1]]
-    test.class_names = ["class3", "dog"]
-    with pytest.raises(UsageError, match=r"1 classes are not in .*such as dog"):
-        common_labels(train, test)
-    test.labels = np.array([-1, 0, 1, 0])
-    with pytest.raises(UsageError, match="without a class"):
-        common_labels(train, test)
 
 
 def test_preprocessing_is_that_of_torchvision_and_normalises():

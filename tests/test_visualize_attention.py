@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.preprocess import to_pixels
 from models import build_backbone
 from models.vit import VisionTransformer
 from tests.sources import Stripes
@@ -21,7 +22,6 @@ from visualize_attention import (
     heat,
     keep_mass,
     main,
-    pixels,
     read_image,
     stretched,
 )
@@ -82,7 +82,7 @@ def test_pictures_show_the_image_in_its_own_colours_or_stretched():
     photograph = Stripes(size=32).array(1)
     mean, std = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
     normalised = torch.from_numpy((photograph / 255 - mean) / std).permute(2, 0, 1).float()
-    assert np.array_equal(pixels(normalised), photograph)
+    assert np.array_equal(to_pixels(normalised), photograph)
     assert (stretched(normalised).min(), stretched(normalised).max()) == (0, 255)
 
 
@@ -187,7 +187,7 @@ def test_pictures_are_the_same_every_time(visualise, weights, tmp_path):
 def test_sixteen_bit_images_are_scaled_and_not_cut_off(tmp_path):
     values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    picture = pixels(read_image(tmp_path / "deep.png", [64]))
+    picture = to_pixels(read_image(tmp_path / "deep.png", [64]))
     assert np.abs(picture[..., 0].astype(int) - values // 257).max() <= 1
 
 

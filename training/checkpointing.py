@@ -11,6 +11,7 @@ Nothing random is stored: order, crops and stochastic depth are functions of the
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -64,11 +65,14 @@ def save_checkpoint(run, epoch: int, step: int, numbered: bool = False) -> None:
 
 def _keep_as(path: Path, name: Path) -> None:
     """Give a complete file a second name, replacing what had it; a hard link where the file system has them."""
+    if name.exists() and name.samefile(path):
+        return  # renaming one name of a file over another would leave both
     temporary = name.with_name(f"{name.name}.tmp{os.getpid()}")
+    temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
     except OSError:
-        temporary.write_bytes(path.read_bytes())
+        shutil.copyfile(path, temporary)
     os.replace(temporary, name)
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from data.preprocess import MEAN, STD
+from data.preprocess import to_pixels
+from visualize_attention import attention_maps, attention_sheet
 
 
 def crops_grid(crops: list[torch.Tensor], images: int = 8, gap: int = 4) -> np.ndarray:
@@ -21,19 +22,10 @@ def crops_grid(crops: list[torch.Tensor], images: int = 8, gap: int = 4) -> np.n
     return sheet
 
 
-def to_pixels(images: torch.Tensor) -> np.ndarray:
-    """Normalised (batch, 3, height, width) -> uint8 (batch, height, width, 3)."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
-    pixels = (images.float() * std + mean).clamp(0, 1).mul(255).round()
-    return pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
 def attention_pictures(backbone: torch.nn.Module, images: torch.Tensor) -> np.ndarray | None:
     """Every image beside its class token's attention, one row each; None for a network without such attention."""
     if not hasattr(backbone, "get_last_selfattention"):
         return None
-    from visualize_attention import attention_maps, attention_sheet
-
     with torch.no_grad():
         maps = attention_maps(backbone, images)
     sheets = [attention_sheet(picture, m) for picture, m in zip(to_pixels(images), maps, strict=True)]

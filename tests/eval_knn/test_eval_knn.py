@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import features
+import evaluation
 from eval_knn.eval_knn import (
     colour_histogram,
     knn_classify,
@@ -162,7 +162,7 @@ def test_the_table_is_aligned():
 def evaluate(monkeypatch, tmp_path, capsys):
     """Run the script in this process on stripes: (exit code, standard output, standard error)."""
     monkeypatch.setattr(
-        features, "open_source", lambda path, subset=None, split="train": Stripes(seed=int(split != "train"))
+        evaluation, "open_source", lambda path, subset=None, split="train": Stripes(seed=int(split != "train"))
     )
 
     def run(*arguments: object) -> tuple[int, str, str]:

@@ -1,0 +1,133 @@
+"""What every evaluation asks and answers: options, the network they describe, train and test sets, one line of JSON."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from data.datasets import Source, open_source
+from features import labels_of
+from models import ALIASES, build_backbone, is_vision_transformer
+from models.checkpoints import Network, network_from_file
+from utils import UsageError, check_writable, log, make_folder, save_atomically
+
+
+def add_network_arguments(parser: argparse._ActionsContainer) -> None:
+    """The options by which every evaluation is told what to look at, named as in the originals."""
+    add = parser.add_argument
+    add("--pretrained_weights", default="", help="checkpoint of any known layout; left out: random weights")
+    add("--checkpoint_key", default="teacher", help="which of a training checkpoint's networks to evaluate")
+    add("--arch", default=None, help="architecture; left out: the checkpoint's own, else vit_small")
+    add("--patch_size", default=None, type=int, help="left out: the checkpoint's own, else 16")
+
+
+def add_data_arguments(parser: argparse._ActionsContainer) -> None:
+    """The options by which evaluations on a train and a test set are told what to look at it with."""
+    add = parser.add_argument
+    add("--data_path", default=None, help="folder with train/ and val/; left out: tiles of the bundled photographs")
+    add("--subset", default=None, type=int, help="training images per class; left out: all")
+    add("--crop_size", default=None, type=int, help="pixels; left out: the checkpoint's global_crops_size, else 224")
+    add("--resize_size", default=None, type=int, help="shorter side before the crop; left out: crop * 256 / 224")
+    add("--batch_size_per_gpu", default=128, type=int, help="images per forward pass and process")
+    add("--num_workers", default=10, type=int, help="processes that decode images, per process")
+
+
+def add_process_arguments(parser: argparse._ActionsContainer) -> None:
+    add = parser.add_argument
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
+    add("--dist_url", default="env://", help="how processes find each other")
+    add("--local_rank", default=0, type=int, help="accepted and ignored: torchrun sets it in the environment")
+
+
+def check_common_arguments(args: argparse.Namespace) -> None:
+    """Raise UsageError for values that cannot work, before anything is read."""
+    for name in ("crop_size", "resize_size", "subset", "batch_size_per_gpu", "patch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: must be at least 1")
+    if args.num_workers < 0:
+        raise UsageError(f"--num_workers {args.num_workers}: must be 0 (decode in this process) or more")
+    check_writable(Path(args.output_dir))
+
+
+def crop_and_resize(args: argparse.Namespace, network: Network) -> tuple[int, int]:
+    """Crop and shorter side in pixels: as asked, else as the network was trained, else 224 of 256."""
+    recorded = network.report.info.arguments.get("global_crops_size") if network.report else None
+    crop = args.crop_size or (recorded if isinstance(recorded, int) else 224)
+    margin = 1 if args.data_path is None else 256 / 224  # a bundled tile has no border to cut off
+    resize, patch = args.resize_size or round(crop * margin), network.arguments.get("patch_size", 1)
+    if not patch <= crop <= resize:
+        raise UsageError(f"--crop_size {crop} --resize_size {resize}: need patch size ({patch}) <= crop <= resize")
+    return crop, resize
+
+
+def open_train_and_test(data_path: str | None, subset: int | None) -> tuple[Source, Source]:
+    """``data_path``/train, up to ``subset`` images per class, and ``data_path``/val; None: the bundled photographs."""
+    if data_path is None:
+        return open_source(None, subset, "train"), open_source(None, split="test")
+    folders = [Path(data_path) / part for part in ("train", "val")]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(f"--data_path {data_path}: has no {folder.name}/ with a folder per class")
+    return open_source(str(folders[0]), subset, "train"), open_source(str(folders[1]), split="val")
+
+
+def common_labels(train: Source, test: Source) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels of both sets in the train set's numbering; classes are matched by name."""
+    train_labels, test_labels = labels_of(train), labels_of(test)
+    for source, labels in ((train, train_labels), (test, test_labels)):
+        if (labels < 0).any():
+            raise UsageError(f"{source.name}: images without a class; needs one folder per class")
+    numbers = {name: number for number, name in enumerate(train.class_names)}
+    unknown = [name for name in test.class_names if name not in numbers]
+    if unknown:
+        raise UsageError(f"{test.name}: {len(unknown)} classes are not in {train.name}, such as {unknown[0]}")
+    return train_labels, torch.tensor([numbers[name] for name in test.class_names])[test_labels]
+
+
+def network_from_options(args: argparse.Namespace) -> Network:
+    """The network that ``add_network_arguments`` describes; says loudly when its weights are random (seed 0)."""
+    if args.pretrained_weights:
+        network = network_from_file(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
+        info = network.report.info
+        log.info(f"{info.path}: {info.layout.name}, {network.arch}: {network.report}")
+        for note in info.notes:
+            log.info(f"{info.path}: {note}")
+        return network
+    arch, patch_size = ALIASES.get(args.arch, args.arch) or "vit_small", args.patch_size or 16
+    if is_vision_transformer(arch) and 224 % patch_size:
+        raise UsageError(f"--patch_size {patch_size}: must divide 224, the size at which positions are laid out")
+    arguments = {"patch_size": patch_size} if is_vision_transformer(arch) else {}
+    log.warning(
+        f"NO --pretrained_weights: {arch} WITH RANDOM WEIGHTS IS EVALUATED; its numbers say nothing of training"
+    )
+    return Network(untrained(arch, arguments), arch, arguments, None)
+
+
+def untrained(arch: str, arguments: dict, seed: int = 0) -> nn.Module:
+    """The same architecture with the weights that ``seed`` draws; the caller's generators are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_backbone(arch, **arguments)
+
+
+def write_result(output_dir: str, evaluation: str, network: Network, checkpoint_key: str, data: str, numbers) -> Path:
+    """``<output_dir>/<evaluation>.json``: one line, with the same fields in every evaluation."""
+    info = network.report.info if network.report else None
+    result = {
+        "evaluation": evaluation,
+        "checkpoint": str(info.path) if info else None,
+        "checkpoint_key": (info.key or checkpoint_key) if info else None,
+        "arch": network.label,
+        "data": data,
+        "numbers": numbers,
+    }
+    path = Path(output_dir) / f"{evaluation}.json"
+    make_folder(path.parent)
+    try:
+        save_atomically(path, lambda temporary: temporary.write_text(json.dumps(result) + "\n"))
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir}: {path.name} cannot be written: {error}") from error
+    return path
