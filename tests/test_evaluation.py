@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from evaluation import common_labels, untrained
+from features import weights_hash
 from tests.sources import Stripes
 from utils import UsageError
 
