@@ -64,9 +64,6 @@ class BundledTiles(Source):
         key = (photographs, self.split, self.tiles, self.tile_size, LEVELS)
         return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def image_name(self, index: int) -> str:
         photograph, tile = divmod(int(index), self.tiles)
         return f"{self.paths[photograph].name}, {self.split} tile {tile}"
@@ -77,9 +74,6 @@ class BundledTiles(Source):
         level = _levels(self.paths[photograph])[tile % LEVELS]
         x, y = self._corner(tile, *level.shape[:2])
         return level[y : y + self.tile_size, x : x + self.tile_size].copy()
-
-    def pil(self, index: int) -> Image.Image:
-        return Image.fromarray(self.array(index))
 
     def _corner(self, tile: int, height: int, width: int) -> tuple[int, int]:
         """Column and row where a tile begins in a level of that size.
