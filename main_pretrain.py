@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products; read when CUDA starts
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not take the loading processes' time
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from training.preview import attention_pictures, crops_grid
 from utils import (
     RunStopped,
     World,
+    barrier,
     cosine_scheduler,
     git_revision,
     init_world,
@@ -141,6 +143,8 @@ def save_or_stop(run: Run, epoch: int, step: int, stop: bool) -> None:
     minutes = run.args.save_every_minutes
     if reason or stop or (minutes and time.monotonic() - run.saved_at > 60 * minutes):
         save(run, epoch, step)
+    if reason or stop:
+        barrier()  # whoever exits first must not take the process that still saves with it
     if reason:
         raise RunStopped(reason)
     if stop:
