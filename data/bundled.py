@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.datasets import Source
+from data.source import Source
 from utils import UsageError
 
 FOLDER = Path(__file__).parent / "photographs"
