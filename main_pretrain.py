@@ -267,6 +267,7 @@ def prepare_device(args: argparse.Namespace, world: World) -> None:
     if world.device.type == "cpu":
         keep_large_blocks()
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every tensor
     torch.backends.cudnn.deterministic = args.deterministic
     torch.backends.cudnn.benchmark = not args.deterministic
 

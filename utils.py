@@ -137,16 +137,18 @@ def run_cli(main: Callable[[], int | None]) -> None:
     sys.exit(code or 0)
 
 
+class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help, where there is one worth telling."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose help shows defaults and whose errors are one line with the nearest valid name."""
 
     def __init__(self, **kwargs):
-        super().__init__(
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-            fromfile_prefix_chars=None,
-            **kwargs,
-        )
+        super().__init__(formatter_class=_HelpWithDefaults, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)

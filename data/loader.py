@@ -42,8 +42,8 @@ def steps_per_epoch(images: int, global_batch: int) -> int:
     """Whole batches in a data set. Raises UsageError when there is none."""
     if images < global_batch:
         raise UsageError(
-            f"--batch_size_per_gpu: over all processes a batch has {global_batch} images, more than the data "
-            f"set, which has {images}"
+            f"--batch_size_per_gpu: a batch of {global_batch} images over all processes is larger than the data set "
+            f"of {images}; lower it to {images} images or fewer"
         )
     return images // global_batch
 

@@ -140,6 +140,6 @@ def ema_update_(
     if gate is None:
         torch._foreach_lerp_(teacher, student, 1.0 - momentum)
     else:
-        share = (1.0 - momentum) * gate
-        torch._foreach_mul_(teacher, 1.0 - share)
-        torch._foreach_add_(teacher, torch._foreach_mul(student, share))
+        moves = torch._foreach_sub(student, teacher)
+        torch._foreach_mul_(moves, (1.0 - momentum) * gate)
+        torch._foreach_add_(teacher, moves)

@@ -138,7 +138,7 @@ class DINO(Method):
         self.centre.collect(logits)
         self._seen["features"] = features
         probs = teacher_probabilities(logits, self.centre.center, self.teacher_temps[clock.epoch])
-        self.used[probs.argmax(dim=-1)] = True
+        self.used.index_fill_(0, probs.argmax(dim=-1), True)
         return probs.unflatten(0, (self.teacher_views, -1))
 
     def student_bottleneck(self, crops: list[torch.Tensor], clock: Clock) -> torch.Tensor:

@@ -33,15 +33,13 @@ def cross_view_targets(probs: torch.Tensor, num_views: int) -> tuple[torch.Tenso
     """
     teacher_views, batch, _ = probs.shape
     total = probs.sum(dim=0)
-    blocks = [total - own for own in probs]  # global views skip themselves
-    mass = [teacher_views - 1] * teacher_views + [teacher_views] * (num_views - teacher_views)
-    block_of_view = list(range(teacher_views)) + [teacher_views] * (num_views - teacher_views)
+    blocks = [total - own for own in probs]  # the teacher's own views skip themselves
     if num_views > teacher_views:
         blocks.append(total)
-    device = probs.device
-    rows = torch.tensor(block_of_view, device=device)[:, None] * batch + torch.arange(batch, device=device)
-    mass = torch.tensor(mass, device=device, dtype=probs.dtype)[:, None].expand(-1, batch)
-    return torch.cat(blocks), rows.flatten(), mass.flatten()
+    view = torch.arange(num_views, device=probs.device)[:, None]
+    rows = view.clamp(max=teacher_views) * batch + torch.arange(batch, device=probs.device)
+    mass = (teacher_views - 1) + (view >= teacher_views).to(probs.dtype)
+    return torch.cat(blocks), rows.flatten(), mass.expand(-1, batch).flatten()
 
 
 def prototype_cross_entropy(
@@ -61,7 +59,9 @@ def prototype_cross_entropy(
     Exactness  equals ``soft_cross_entropy`` of the materialised logits up to rounding, gradients included; at most
                ``CHUNK_ELEMENTS`` logits exist at a time and none are kept for the backward pass
     """
-    row_weight = torch.as_tensor(row_weight, dtype=mass.dtype, device=mass.device).expand_as(mass)
+    if not isinstance(row_weight, torch.Tensor):
+        row_weight = mass.new_full((), row_weight)  # filled on the device: a copy from the host would wait for it
+    row_weight = row_weight.expand_as(mass)
     return _PrototypeCrossEntropy.apply(z, weight, targets, target_rows, row_weight, mass, temperature)
 
 

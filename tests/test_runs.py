@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import pickle
+import re
 import signal
 from pathlib import Path
 
@@ -291,6 +293,90 @@ def test_a_dry_run_trains_nothing_and_shows_what_would_be_seen(images, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first_batch.png"]
     for text in ("parameters of the student", "predicted memory", "opened 40 of 40, 0 unreadable"):
         assert text in caplog.text
+
+
+class Payload:
+    """What a hostile checkpoint would run."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (str(self.target), "w"))
+
+
+def spoil(kind: str, path: Path, good: bytes) -> None:
+    if kind == "hostile":
+        path.write_bytes(pickle.dumps({"student": Payload(path.with_name("payload"))}))
+    else:
+        path.write_bytes({"empty": b"", "truncated": good[: len(good) // 2], "foreign": b"\xff\xd8\xff\xe0" * 9}[kind])
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "foreign", "hostile"])
+def test_a_checkpoint_that_cannot_be_trusted_is_refused_and_left_alone(
+    images, uninterrupted, tmp_path, monkeypatch, kind
+):
+    path = tmp_path / "checkpoint.pth"
+    spoil(kind, path, (uninterrupted / "checkpoint.pth").read_bytes())
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match=re.escape(str(path))):
+        run_here(monkeypatch, data_path=images, output_dir=tmp_path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [(0, "no images in this folder"), (1, "larger than the data set"), (7, "larger than the data")],
+)
+def test_too_few_images_are_refused(tmp_path, monkeypatch, count, message):
+    (tmp_path / "images").mkdir()
+    make_images(tmp_path / "images", count)
+    with pytest.raises(UsageError, match=message):
+        run_here(monkeypatch, data_path=tmp_path / "images", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_image_is_enough_for_batches_of_one(tmp_path, monkeypatch):
+    make_images(tmp_path / "images", 1)
+    run_here(monkeypatch, data_path=tmp_path / "images", output_dir=tmp_path, batch_size_per_gpu=1)
+    assert load(tmp_path)["epoch"] == 2
+
+
+def test_unreadable_images_are_named_and_too_many_stop_the_run(tmp_path, monkeypatch, caplog):
+    folder = make_images(tmp_path / "images", 40)
+    broken = sorted(folder.glob("*/*.jpg"))[:2]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:200])
+    options = {"data_path": folder, "epochs": 1}
+    assert run_here(monkeypatch, output_dir=tmp_path / "tolerant", max_bad_images=0.1, **options) == 0
+    assert all(str(path) in caplog.text for path in broken)
+    with pytest.raises(RunStopped, match="of 40 images were unreadable"):
+        run_here(monkeypatch, output_dir=tmp_path / "strict", **options)
+    assert load(tmp_path / "strict")["tutelage"]["step"] > 0
+
+
+def test_no_local_crops_leaves_two_views(images, tmp_path, monkeypatch):
+    run_here(monkeypatch, data_path=images, output_dir=tmp_path, local_crops_number=0, epochs=1)
+    assert load(tmp_path)["epoch"] == 1
+
+
+def test_the_originals_pixels_train_too(images, tmp_path, monkeypatch):
+    run_here(monkeypatch, data_path=images, output_dir=tmp_path, augment="pil", epochs=1)
+    assert load(tmp_path)["epoch"] == 1
+
+
+def test_online_knn_and_pictures_of_the_bundled_photographs(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"epochs": 1, "warmup_epochs": 0, "batch_size_per_gpu": 16, "precision": "fp32", "knn_every": 1}
+    run_here(monkeypatch, output_dir=tmp_path, subset=2, knn_per_class=2, **options)
+    line = json.loads((tmp_path / "log.txt").read_text())
+    assert line["knn10_top1"] > 0
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"attention", "crops"}
+    assert "epoch/knn10_top1" in events.Tags()["scalars"]
 
 
 def test_every_command_ends_in_one_line_when_it_is_refused(images, tmp_path):

@@ -37,7 +37,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--dry_run", action="store_true", help="everything but training: settings, data, memory, first batch")
     add("--replay", metavar="FILE", help="run a step again that was not finite (the file the run wrote)")
 
-    method.add_arguments(parser.add_argument_group(f"method: {method.name}"))
+    method.add_arguments(parser.add_argument_group(f"the method ({method.name})"))
 
     add = parser.add_argument_group("backbone").add_argument
     add("--arch", default="vit_small", help=f"{', '.join(VITS)}, a torchvision resnet, or timm/<name>")
@@ -68,7 +68,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--precision", default="auto", choices=["auto", *PRECISIONS], help="auto: bf16 where the hardware has it")
     add("--use_fp16", type=bool_flag, help="the original's switch: true is --precision fp16, false fp32")
     add("--grad_checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
-    add("--compile", action="store_true", help="torch.compile every block; pays from ViT-L on")
+    add("--compile", action="store_true", help="torch.compile every block; measure whether your model gains by it")
     add("--deterministic", default=True, type=bool_flag, help="the same bits at every run on one kind of device")
 
     add = parser.add_argument_group("checkpoints and logs").add_argument

@@ -200,7 +200,7 @@ def test_when_no_image_can_be_read_it_ends_with_a_sentence(workers):
 
 
 def test_a_batch_larger_than_the_data_names_both_numbers():
-    with pytest.raises(UsageError, match=r"--batch_size_per_gpu.* 32 images.* has 18"):
+    with pytest.raises(UsageError, match=r"--batch_size_per_gpu: a batch of 32 images .* data set of 18"):
         make_loader(batch_size=8, size=4)
     assert steps_per_epoch(18, 18) == 1 and steps_per_epoch(18, 5) == 3
 
