@@ -120,7 +120,7 @@ def attention_sheet(image: np.ndarray, maps: torch.Tensor, masked: list[np.ndarr
 
     ``image`` and ``masked`` uint8 (height, width, 3), ``maps`` (heads, rows, columns) of any resolution.
     """
-    maps = maps.detach().float().cpu().numpy()
+    maps = np.nan_to_num(maps.detach().float().cpu().numpy())  # a failing run's pictures are black, not an error
     cells = [("image", image), ("mean of heads", overlaid(image, maps.mean(axis=0)))]
     cells += [(f"head {number}", heat(values)) for number, values in enumerate(maps)]
     cells += [(f"mask of head {number}", picture) for number, picture in enumerate(masked or ())]

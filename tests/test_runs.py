@@ -295,6 +295,32 @@ def test_a_dry_run_trains_nothing_and_shows_what_would_be_seen(images, tmp_path,
         assert text in caplog.text
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_other_optimisers_train_beyond_the_frozen_epochs_and_resume_bit_for_bit(
+    images, tmp_path, monkeypatch, optimizer
+):
+    options = {"data_path": images, "optimizer": optimizer, "norm_last_layer": "false"}
+    run_here(monkeypatch, output_dir=tmp_path / "whole", **options)
+    process = start(output_dir=tmp_path / "parts", **options, **SAVE_EVERY_STEP)
+    wait_for_line(process, "[1/2]  [1/5]")
+    process.kill()
+    process.wait()
+    run_here(monkeypatch, output_dir=tmp_path / "parts", **options)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_that_diverges_is_stopped_and_its_replay_names_the_first_broken_layer(
+    images, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO", "tutelage")
+    options = {"optimizer": "sgd", "lr": 1e150, "clip_grad": 0, "warmup_epochs": 0, "max_skipped": 3}
+    with pytest.raises(RunStopped, match="3 steps in a row"):
+        run_here(monkeypatch, data_path=images, output_dir=tmp_path, **options)
+    (box,) = tmp_path.glob("nonfinite_*.pth")
+    assert run_here(monkeypatch, replay=box, output_dir=tmp_path) == 0
+    assert "first broken layer: teacher.backbone." in caplog.text
+
+
 class Payload:
     """What a hostile checkpoint would run."""
 

@@ -5,6 +5,7 @@ stochastic depth being functions of the seed, the file needs no images: the step
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -116,7 +117,7 @@ def replay(path: Path, overrides: dict, world: World) -> int:
             losses = method(piece, clock)
         log.info("piece %d: %s", number, ", ".join(f"{name} {value.item():.6g}" for name, value in losses.items()))
         if not losses["loss"].isfinite():
-            log.info("  its images: %s", ", ".join(source.image_name(int(i)) for i in piece["indices"]))
+            log.info("  its images: %s", "; ".join(source.image_name(int(i)) for i in piece["indices"]))
         losses["loss"].backward()
     print_findings(method, largest, broken)
     return 0
@@ -130,8 +131,8 @@ def watch_modules(method: torch.nn.Module, largest: dict[str, float]) -> list[st
         def see(_module, _inputs, output) -> None:
             if isinstance(output, torch.Tensor) and output.is_floating_point():
                 value = output.detach().abs().max().item()
-                largest[name] = max(largest.get(name, 0.0), value)
-                if not torch.isfinite(output).all() and name not in broken:
+                largest[name] = max(largest.get(name, 0.0), value) if math.isfinite(value) else value
+                if not math.isfinite(value) and name not in broken:
                     broken.append(name)
 
         return see

@@ -13,7 +13,13 @@ def build_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                # a first step from zero is torch's first step; the fused kernel wants buffers for all or for none,
+                # and a layer that rested for the first epochs has its first step later
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     if name == "lars":
         return LARS(groups)
     raise UsageError(f"--optimizer {name}: choose one of {', '.join(OPTIMIZERS)}")

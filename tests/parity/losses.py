@@ -69,7 +69,7 @@ def _rank(rank: int, p: dict, inputs: dict, temps, port: int, queue, dtype: torc
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=p["world_size"])
-    centre = Centre(p["out_dim"]).to(dtype)
+    centre = Centre(p["out_dim"], p.get("center_momentum", 0.9)).to(dtype)
     computed = {}
     for step, epoch in enumerate(p["epoch_of_step"]):
         student, teacher = inputs[f"in/student{step}_rank{rank}"], inputs[f"in/teacher{step}_rank{rank}"]

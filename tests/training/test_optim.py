@@ -63,3 +63,18 @@ def test_lars_equals_its_definition_with_and_without_an_open_gate(gate):
 def test_an_unknown_optimiser_is_refused():
     with pytest.raises(UsageError, match="--optimizer adam: choose one of adamw, sgd, lars"):
         build_optimizer("adam", [])
+
+
+def test_sgd_takes_in_a_layer_that_rested_for_the_first_steps():
+    ours, theirs = parameters(), parameters()
+    fused = build_optimizer("sgd", [{"params": ours}])
+    plain = torch.optim.SGD(theirs, lr=0.0, momentum=0.9, foreach=False)
+    for step in range(4):
+        for optimizer, params in ((fused, ours), (plain, theirs)):
+            set_schedules(optimizer, Clock(0, step, lr=0.1, weight_decay=0.01))
+            for i, p in enumerate(params):
+                grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+                p.grad = None if i == 1 and step < 2 else grad
+            optimizer_step(optimizer, None, None)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
