@@ -1,0 +1,63 @@
+"""What the documents say is so: commands parse, files exist, tests that hold a promise are there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import visualize_attention
+from eval_knn import eval_knn
+from training.options import parse_options
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "eval_knn" / "README.md"]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(document, command) of every code block, continued lines joined, remarks cut off."""
+    found = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"```\n(.*?)```", document.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                command = re.split(r"\s{2,}(?=[^-\s])|\s#", line.strip())[0]
+                if command:
+                    found.append((document.name, " ".join(command.split())))
+    return found
+
+
+@pytest.mark.parametrize(("document", "command"), commands(), ids=lambda text: text)
+def test_a_documented_command_parses(document, command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    script = next(i for i, word in enumerate(words) if word.endswith((".py", ".sh")) or word == "models.checkpoints")
+    name, options = words[script], words[script + 1 :]
+    parsers = {
+        "main_pretrain.py": parse_options,
+        "scripts/slurm_pretrain.sh": parse_options,
+        "eval_knn/eval_knn.py": lambda argv: eval_knn.get_args_parser().parse_args(argv),
+        "visualize_attention.py": lambda argv: visualize_attention.get_args_parser().parse_args(argv),
+        "models.checkpoints": lambda argv: None,
+        "check_parity.py": lambda argv: None,
+    }
+    parsers[name](options)
+    assert (ROOT / (name if "/" in name or name.endswith(".py") else "models/checkpoints.py")).exists()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.parent.name + "/" + path.name)
+def test_files_and_tests_that_are_named_exist(document):
+    text = document.read_text()
+    for path in re.findall(r"`([\w./]+\.(?:py|md|sh|yaml|txt|toml))`", text):
+        assert path == "log.txt" or (ROOT / path).exists() or (document.parent / path).exists(), path
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)(?:\.\.\.)?`", text):
+        assert f"def {name}" in tests, name
+
+
+def test_every_preset_of_the_readme_exists():
+    table = (ROOT / "README.md").read_text().split("| preset in `configs/dino/` |")[1].split("\n\n")[0]
+    names = re.findall(r"`(\w+)`", table)
+    there = {path.stem for path in (ROOT / "configs" / "dino").glob("*.yaml")} - {"quickstart"}
+    assert set(names) == there
