@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from methods.base import Clock
 from methods.dino import DINO
-from models.vit import Block, VisionTransformer
+from models.blocks import Block
+from models.vit import VisionTransformer
 from training.optim import set_schedules
 
 

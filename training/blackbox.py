@@ -14,7 +14,7 @@ from data.datasets import open_source
 from data.loader import TrainLoader, to_device_ahead
 from methods import method_class
 from methods.base import Clock, Method
-from models.checkpoints import load_file
+from models.safe_load import load_file
 from training.consensus import Verdict
 from training.precision import autocast, batch_dtype
 from utils import UsageError, World, log, save_torch

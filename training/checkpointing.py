@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoints import CheckpointError, load_file
+from models.safe_load import CheckpointError, load_file
 from training.options import trajectory_options
 from utils import UsageError, log, save_torch
 

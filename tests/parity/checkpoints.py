@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import torch
 
 from features import block_class_tokens, class_token, class_token_and_patch_mean, multiscale_class_token
-from models.checkpoints import choose_tensors, load_file, load_tensors, read_backbone
+from models.checkpoints import choose_tensors, load_tensors, read_backbone
 from models.layouts import LAYOUTS, plain_name
+from models.safe_load import load_file
 from tests.parity import Case
 from tests.parity.networks import build_vit
 from visualize_attention import attention_maps

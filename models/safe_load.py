@@ -1,0 +1,117 @@
+"""Opening files of strangers: nothing in them is executed, and what cannot be trusted is refused in one line."""
+
+import argparse
+import pickle
+import re
+import zipfile
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import UsageError, nearest
+
+
+class CheckpointError(UsageError):
+    """A file that cannot be read, or whose weights do not fit the network they are meant for."""
+
+
+def _harmless_types() -> list:
+    """What published training checkpoints hold besides tensors: a Namespace, NumPy numbers and arrays. Nothing else."""
+    multiarray = import_module("numpy._core.multiarray")
+    functions = [
+        (getattr(multiarray, name), f"{module}.multiarray.{name}")
+        for name in ("scalar", "_reconstruct")
+        for module in ("numpy.core", "numpy._core")  # NumPy 1 and 2 write different module names
+    ]
+    numbers = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    return [argparse.Namespace, np.ndarray, np.dtype, *functions, *numbers]
+
+
+def load_file(path: str | Path, mapped: bool = False) -> dict:
+    """The dict that ``torch.save`` wrote, tensors on the CPU. Nothing in the file is executed.
+
+    ``mapped``: read tensors when they are used, where the format allows it. For what is copied at once only: a run that
+    keeps such tensors while it replaces its own checkpoints loses them on some file systems.
+    Raises CheckpointError, in one line, for whatever is not such a file.
+    """
+    path = Path(path)
+    _check_is_torch_file(path)
+    try:
+        if is_archive := zipfile.is_zipfile(path):
+            _compare_checksums(path)
+        with torch.serialization.safe_globals(_harmless_types()):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_archive)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged or hostile file can fail in every way its bytes allow
+        raise CheckpointError(f"{path}: {_why_refused(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict; save the network's state_dict()")
+    return content
+
+
+def _check_is_torch_file(path: Path) -> None:
+    if path.is_dir():
+        inside = sorted(file.name for file in path.glob("*.pth"))
+        hint = f"pass a file in it: {', '.join(inside[:5])}" if inside else "it holds no .pth file"
+        raise CheckpointError(f"{path}: a directory, not a checkpoint; {hint}")
+    if not path.exists():
+        beside = [file.name for file in path.parent.glob("*.pth")] if path.parent.is_dir() else []
+        raise CheckpointError(f"{path}: no such file{nearest(path.name, beside) or '; check the path'}")
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
+    if size == 0:
+        raise CheckpointError(f"{path}: empty (0 bytes): the copy or download failed; fetch it again")
+    if start.startswith(b"PK"):
+        _check_is_torch_archive(path, size)
+    elif not start.startswith(b"\x80"):  # torch.save before 1.6 wrote bare pickles
+        raise CheckpointError(f"{path}: {_foreign_kind(start, size)}, not a checkpoint; pass a .pth file")
+
+
+def _check_is_torch_archive(path: Path, size: int) -> None:
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: truncated: the end is missing after {size} bytes; copy or save it again")
+    with zipfile.ZipFile(path) as archive:
+        names = {name.rsplit("/", 1)[-1] for name in archive.namelist()}
+    if "constants.pkl" in names:
+        raise CheckpointError(f"{path}: a TorchScript program, not weights; save its state_dict() with torch.save")
+    if "data.pkl" not in names:
+        raise CheckpointError(f"{path}: a zip archive, but none that torch.save wrote; pass a .pth file")
+
+
+def _compare_checksums(path: Path) -> None:
+    """Raise BadZipFile for a damaged entry; ``torch.load`` compares nothing and would return wrong values."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.CRC:  # 0: saved without checksums, as torch can be told to
+                with archive.open(entry) as part:
+                    while part.read(2**22):
+                        pass
+
+
+def _foreign_kind(start: bytes, size: int) -> str:
+    kinds = {b"\xff\xd8": "a JPEG image", b"\x89PNG": "a PNG image", b"\x1f\x8b": "gzip data", b"<": "an HTML page"}
+    for magic, kind in kinds.items():
+        if start.lstrip().startswith(magic):
+            return kind
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
+        return "a safetensors file"
+    return f"unknown data (it starts with {start[:4].hex(' ')})"
+
+
+def _why_refused(error: Exception) -> str:
+    """One line for what ``torch.load`` raised."""
+    text = str(error).strip()
+    if isinstance(error, EOFError) or "Ran out of input" in text:
+        return "truncated: the file ends too early; copy or save it again"
+    if isinstance(error, pickle.UnpicklingError):
+        wanted = re.search(r"GLOBAL ([\w.]+)", text)
+        what = f"{wanted.group(1)}, which weights do not need and which" if wanted else "more than tensors, which"
+        return f"refused: it asks for {what} could run code; ask for the plain state_dict()"
+    return f"damaged: {text.splitlines()[0] if text else type(error).__name__}; copy or save it again"
