@@ -163,7 +163,7 @@ class Parser(argparse.ArgumentParser):
 
 def nearest(name: str, valid) -> str:
     """``; did you mean X?`` when something valid looks like ``name``, else an empty string."""
-    match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.65)
     return f"; did you mean {match[0]}?" if match else ""
 
 

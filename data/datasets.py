@@ -162,7 +162,8 @@ def open_source(data_path: str | None, subset: int | None = None, split: str = "
 def _open_path(path: Path) -> Source:
     if not path.exists():
         missing = next(parent for parent in (path, *path.parents) if parent.parent.exists())
-        raise UsageError(f"--data_path {path}: {'no such path' if missing == path else f'{missing} does not exist'}")
+        what = "no such path" if missing == path else f"{missing} does not exist"
+        raise UsageError(f"--data_path {path}: {what}; pass a folder, a .txt list or a .zip of images")
     if path.is_dir():
         return FileSource(path, cached_index(path, path, lambda: list_folder(path)), root=path)
     if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):

@@ -43,7 +43,7 @@ def steps_per_epoch(images: int, global_batch: int) -> int:
     if images < global_batch:
         raise UsageError(
             f"--batch_size_per_gpu: a batch of {global_batch} images over all processes is larger than the data set "
-            f"of {images}; lower it to {images} images or fewer"
+            f"of {images}; lower it, or pass more images"
         )
     return images // global_batch
 
