@@ -64,7 +64,7 @@ def crop_and_resize(args: argparse.Namespace, network: Network) -> tuple[int, in
 
 
 def open_train_and_test(data_path: str | None, subset: int | None) -> tuple[Source, Source]:
-    """``data_path``/train, up to ``subset`` images per class, and ``data_path``/val; None: the bundled photographs."""
+    """``data_path``/train, all or ``subset`` images of every class, and ``data_path``/val; None: the photographs."""
     if data_path is None:
         return open_source(None, subset, "train"), open_source(None, split="test")
     folders = [Path(data_path) / part for part in ("train", "val")]

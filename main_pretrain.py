@@ -294,7 +294,8 @@ def main() -> int:
     args = parse_options(sys.argv[1:])
     world = init_world(args.device, args.dist_url)
     if args.replay:
-        given = {name: getattr(args, name) for name in ("data_path", "precision") if f"--{name}" in sys.argv}
+        words = {word.split("=")[0] for word in sys.argv}
+        given = {name: getattr(args, name) for name in ("data_path", "precision") if f"--{name}" in words}
         return replay(Path(args.replay), given, world)
     check_options(args, world)
     prepare_device(args, world)

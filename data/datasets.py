@@ -116,18 +116,19 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 class SubsetSource(Source):
     """The first ``per_class`` images of every class: classes in order of first appearance, class after class.
 
-    Nothing is drawn, so every use of the same number sees the same images (AttMask, section on subsets).
+    Nothing is drawn, so every use of the same number sees the same images (AttMask, section on subsets). A class that
+    has not so many is refused with a UsageError; with ``fewer`` all it has are taken.
     """
 
-    def __init__(self, source: Source, per_class: int):
-        self.source, self.per_class = source, per_class
+    def __init__(self, source: Source, per_class: int, fewer: bool = False):
+        self.source, self.per_class, self.fewer = source, per_class, fewer
         self.class_names = source.class_names
-        self.positions = _first_per_class(source, per_class)
+        self.positions = _first_per_class(source, per_class, fewer)
         self.labels = np.asarray(source.labels)[self.positions]
-        self.name = f"{source.name}, of which {per_class} per class ({len(self)} images)"
+        self.name = f"{source.name}, of which {'at most ' * fewer}{per_class} per class ({len(self)} images)"
 
     def __reduce__(self):
-        return SubsetSource, (self.source, self.per_class)  # the positions are sooner found again than sent
+        return SubsetSource, (self.source, self.per_class, self.fewer)  # the positions are sooner found again than sent
 
     @property
     def fingerprint(self) -> str:
@@ -171,16 +172,17 @@ def _open_path(path: Path) -> Source:
     return FileSource(path, cached_index(path, path.parent, lambda: list_file(path)), root=path.parent)
 
 
-def _first_per_class(source: Source, per_class: int) -> np.ndarray:
+def _first_per_class(source: Source, per_class: int, fewer: bool) -> np.ndarray:
     labels = np.asarray(source.labels)
     if (labels < 0).any():
         raise UsageError(f"--subset {per_class} takes images of every class, but {source.name} has some without label")
     classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
-    if counts.min() < per_class:
+    if counts.min() < per_class and not fewer:
         few = classes[counts.argmin()]
         raise UsageError(
             f"--subset {per_class}: class {source.class_names[few]} of {source.name} has only {counts.min()} images"
         )
     by_class = np.argsort(labels, kind="stable")  # class after class, each in the source's order
     starts = np.cumsum(counts) - counts
-    return np.concatenate([by_class[starts[c] : starts[c] + per_class] for c in np.argsort(first)])
+    ends = starts + np.minimum(counts, per_class)
+    return np.concatenate([by_class[starts[c] : ends[c]] for c in np.argsort(first)])

@@ -49,7 +49,7 @@ class Clock:
 
 
 class Method(nn.Module):
-    """See the module docstring. ``accumulates_exactly`` is False when pieces of a batch are not worth the whole."""
+    """See the module docstring."""
 
     name: str
 

@@ -153,7 +153,7 @@ def poison(monkeypatch, iterations):
     monkeypatch.setattr(DINO, "forward", poisoned)
 
 
-def test_a_loss_that_is_not_finite_skips_the_step_and_is_written_down(images, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_skips_the_step_and_is_written_down(images, tmp_path, monkeypatch, capsys):
     seen = {}
     after_step = DINO.after_step
 
@@ -174,7 +174,11 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_is_written_down(images, tm
     assert len(box["indices"]) == 8 and box["nonfinite"]["iteration"] == 3
 
     monkeypatch.undo()
-    assert run_here(monkeypatch, replay=tmp_path / "nonfinite_0000003.pth", output_dir=tmp_path) == 0
+    options = {"replay": tmp_path / "nonfinite_0000003.pth", "output_dir": tmp_path}
+    for data, warned in ((images, False), (make_images(tmp_path / "more", count=48), True)):
+        capsys.readouterr()
+        assert run_here(monkeypatch, data_path=data, **options) == 0
+        assert ("gives other images than those of the run" in capsys.readouterr().out) == warned
 
 
 def test_nan_on_one_process_skips_the_step_on_all(images, tmp_path):

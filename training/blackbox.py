@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from data.datasets import open_source
-from data.loader import TrainLoader, to_device_ahead
+from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
 from methods import method_class
 from methods.base import Clock, Method
 from models.safe_load import load_file
 from training.consensus import Verdict
+from training.options import resolve_precision
 from training.precision import autocast, batch_dtype
 from utils import UsageError, World, log, save_torch
 
@@ -78,12 +79,13 @@ class BlackBox:
 def replay(path: Path, overrides: dict, world: World) -> int:
     """Run the step a black box describes, forward and backward on one device, and print where it breaks.
 
-    ``overrides``: options given on the command line together with --replay (data_path, device, precision).
+    ``overrides``: options given on the command line together with --replay (data_path, precision).
     """
     state = load_file(path)
     if "nonfinite" not in state:
         raise UsageError(f"--replay {path}: not a file of a step that was not finite")
-    args = argparse.Namespace(**{**state["args"], **overrides})
+    args = argparse.Namespace(**{**state["args"], "use_fp16": None, **overrides})
+    resolve_precision(args, world.device)
     source = open_source(args.data_path, args.subset)
     cls = method_class(args.method)
     method = cls.build(args).to(world.device, batch_dtype(args.precision))
@@ -92,7 +94,7 @@ def replay(path: Path, overrides: dict, world: World) -> int:
 
     pieces = state["world_size"] * args.accum_iter
     batch = args.batch_size_per_gpu * state["world_size"]
-    niter = len(source) // batch
+    niter = steps_per_epoch(len(source), batch)
     epoch, iteration = state["nonfinite"]["epoch"], state["nonfinite"]["iteration"]
     loader = TrainLoader(
         source,
@@ -109,9 +111,11 @@ def replay(path: Path, overrides: dict, world: World) -> int:
     ahead = to_device_ahead(loader, world.device, batch_dtype(args.precision))
     log.info("iteration %d (epoch %d): %d images in %d pieces", iteration, epoch, batch, pieces)
     largest: dict[str, float] = {}
+    seen: list[torch.Tensor] = []
     broken = watch_modules(method, largest)
     for number in range(pieces):
         piece = next(ahead)
+        seen.append(piece["indices"].cpu())
         clock = Clock(epoch, iteration, seed=args.seed, first_sample=piece["first_sample"])
         with autocast(args.precision, world.device):
             losses = method(piece, clock)
@@ -119,6 +123,8 @@ def replay(path: Path, overrides: dict, world: World) -> int:
         if not losses["loss"].isfinite():
             log.info("  its images: %s", "; ".join(source.image_name(int(i)) for i in piece["indices"]))
         losses["loss"].backward()
+    if not torch.equal(torch.cat(seen)[: len(state["indices"])], state["indices"].cpu()):
+        log.warning("warning: %s gives other images than those of the run: the list of images has changed", source.name)
     print_findings(method, largest, broken)
     return 0
 

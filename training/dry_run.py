@@ -1,16 +1,17 @@
 """Everything but training: what would be built, what it would need, what it would see."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from data.datasets import BadImage
 from randomness import Permutation
 from training.precision import autocast
 from training.preview import crops_grid
 from utils import log, make_folder
+from visualize_attention import save_picture
 
 SCANNED = 64
 
@@ -21,12 +22,13 @@ def dry_run(run, pieces) -> None:
     describe_parameters(run)
     describe_memory(run, piece)
     scan_images(run.source)
-    folder = Path(run.args.output_dir)
-    make_folder(folder)
-    picture = folder / "first_batch.png"
-    Image.fromarray(crops_grid(piece["crops"])).save(picture)
-    sizes = ", ".join(f"{len(piece['crops'])} crops of {tuple(c.shape[-2:])}" for c in piece["crops"][:1])
-    log.info("first batch: %d images, %s ...; picture: %s", piece["crops"][0].shape[0], sizes, picture)
+    sizes = Counter(crop.shape[-1] for crop in piece["crops"])
+    crops = " + ".join(f"{count} x {size}" for size, count in sizes.items())
+    picture = Path(run.args.output_dir) / "first_batch.png"
+    log.info("first batch: %d images, crops of %s pixels; picture: %s", len(piece["crops"][0]), crops, picture)
+    if run.world.rank == 0:
+        make_folder(picture.parent)
+        save_picture(crops_grid(piece["crops"]), picture)
 
 
 def describe_parameters(run) -> None:

@@ -61,7 +61,7 @@ class Monitor:
         self.writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=epoch * self.niter + step)
         path = self.output_dir / "log.txt"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["epoch"] < epoch]
+            lines = [line for line in path.read_text().splitlines() if epoch_of(line) < epoch]
             save_atomically(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in lines)))
 
     def begin_epoch(self) -> None:
@@ -209,6 +209,14 @@ class Monitor:
         for name, (total, count) in state.items():
             meter = self._meter(name)
             meter.total, meter.count = total, count
+
+
+def epoch_of(line: str) -> float:
+    """The epoch of a line of log.txt; infinity for one that was torn when the machine went down."""
+    try:
+        return json.loads(line)["epoch"]
+    except ValueError:
+        return math.inf
 
 
 OWN = ("lr", "wd", "time", "data")  # meters that are not losses

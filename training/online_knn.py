@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from data.datasets import Source
+from data.datasets import Source, SubsetSource
 from data.preprocess import eval_transform
 from eval_knn.eval_knn import knn_classify
 from evaluation import common_labels, open_train_and_test
 from features import extract_features
-from utils import World, log
+from utils import UsageError, World, log
 
 NEIGHBOURS = (10, 20)
 
@@ -21,23 +21,25 @@ class OnlineKNN:
     def __init__(self, args: argparse.Namespace, world: World):
         self.args, self.world = args, world
         self.sets: tuple[Source, Source] | None = None
-        self.reason = self._open()
-        log.info("online k-NN: %s", self.reason or " against ".join(source.name for source in self.sets))
-        crop = getattr(args, "global_crops_size", 224)
-        self.transform = eval_transform(crop, crop if args.data_path is None else round(crop * 256 / 224))
-
-    def _open(self) -> str:
-        """Open the images. Returns why there are none."""
-        args = self.args
-        if not args.knn_every:
-            return "off (--knn_every 0)"
         folder = args.knn_data
         if folder is None and args.data_path is not None:
-            folder = Path(args.data_path).parent
-            if not all((folder / part).is_dir() for part in ("train", "val")):
-                return f"off ({folder} has no train/ and val/; --knn_data names a folder that has)"
-        self.sets = open_train_and_test(None if folder is None else str(folder), args.knn_per_class)
-        self.labels = common_labels(*self.sets)
+            folder = str(Path(args.data_path).parent)
+        self.reason = self._open(folder) if args.knn_every else "off (--knn_every 0)"
+        log.info("online k-NN: %s", self.reason or " against ".join(source.name for source in self.sets))
+        crop = getattr(args, "global_crops_size", 224)
+        self.transform = eval_transform(crop, crop if folder is None else round(crop * 256 / 224))
+
+    def _open(self, folder: str | None) -> str:
+        """Open the images. Returns why there are none; raises UsageError only for a folder the user named."""
+        try:
+            train, test = open_train_and_test(folder, None)
+            bank_labels, query_labels = common_labels(train, test)
+        except UsageError as error:
+            if self.args.knn_data is not None:
+                raise UsageError(f"--knn_data {folder}: {error}") from None
+            return f"off, since there are no labelled images beside the training data ({error})"
+        bank = SubsetSource(train, self.args.knn_per_class, fewer=True)
+        self.sets, self.labels = (bank, test), (bank_labels[bank.positions], query_labels)
         return ""
 
     def __call__(self, backbone: torch.nn.Module) -> dict[str, float]:

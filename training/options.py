@@ -120,13 +120,18 @@ def resolve_precision(args: argparse.Namespace, device: torch.device) -> None:
 
 def check_options(args: argparse.Namespace, world: World) -> None:
     """Refuse what cannot work, before data is listed or a network built. Every message names value and remedy."""
-    positive = ("batch_size_per_gpu", "accum_iter", "epochs", "patch_size", "saveckp_freq", "print_freq", "max_skipped")
-    for name in positive:
+    positive = {
+        *("batch_size_per_gpu", "accum_iter", "epochs", "patch_size"),
+        *("saveckp_freq", "print_freq", "max_skipped", "knn_per_class"),
+    }
+    for name in sorted(positive):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in ("warmup_epochs", "num_workers", "clip_grad", "knn_every", "save_every_minutes"):
         if getattr(args, name) < 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
+    if not 0 <= args.max_bad_images <= 1:
+        raise UsageError(f"--max_bad_images {args.max_bad_images}: a share of the images, from 0 to 1")
     if args.subset is not None and args.subset < 1:
         raise UsageError(f"--subset {args.subset}: must be at least 1 image per class (leave it out for all)")
     if args.warmup_epochs > args.epochs:

@@ -37,8 +37,9 @@ def test_skipped_steps_do_not_enter_the_average(tmp_path):
     assert m.end_epoch(0, {})["train_loss"] == 2.0
 
 
-def test_lines_of_epochs_that_will_be_repeated_are_removed(tmp_path):
-    (tmp_path / "log.txt").write_text('{"train_loss": 1, "epoch": 0}\n{"train_loss": 2, "epoch": 1}\n')
+@pytest.mark.parametrize("last", ['{"train_loss": 2, "epoch": 1}\n', '{"train_loss": 2, "ep'], ids=["whole", "torn"])
+def test_lines_of_epochs_that_will_be_repeated_are_removed(tmp_path, last):
+    (tmp_path / "log.txt").write_text('{"train_loss": 1, "epoch": 0}\n' + last)
     monitor(tmp_path).open(1, 2)
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0]
 

@@ -126,6 +126,8 @@ def test_a_faulty_preset_is_answered_with_its_line_and_key(tmp_path, text, messa
         ("--warmup_teacher_temp_epochs 101", "--warmup_teacher_temp_epochs 101 is longer"),
         ("--batch_size_per_gpu 63 --accum_iter 2", "must divide; nearest 62 or 64"),
         ("--batch_size_per_gpu 0", "--batch_size_per_gpu 0: must be at least 1"),
+        ("--knn_per_class 0", "--knn_per_class 0: must be at least 1"),
+        ("--max_bad_images 2", "--max_bad_images 2.0: a share of the images, from 0 to 1"),
         ("--local_crops_number -1", "--local_crops_number -1: must be 0"),
         ("--global_crops_scale 0.9 0.4", "--global_crops_scale 0.9 0.4"),
         ("--drop_path_rate 1", "--drop_path_rate 1.0: must be in"),
