@@ -10,6 +10,7 @@ import fnmatch
 import importlib
 import json
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,8 @@ import numpy as np
 import torch
 
 from utils import UsageError
+
+NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
 
 
 class Case:
@@ -30,14 +33,20 @@ class Case:
         self.entry = entry
         self.name: str = entry["name"]
         self.params: dict = entry.get("params", entry.get("parameters", {}))
+        files = entry.get("file") or []
+        self.files: list[str] = [files] if isinstance(files, str) else files
+        self.extra_files: list[str] = entry.get("extra_files", [name for name in self.files if name.endswith(".pth")])
         self.optional = entry.get("level") == "optional"
-        self.extra_files: list[str] = entry.get("extra_files", [])
 
     @property
     def tolerance(self) -> tuple[float, float]:
-        """(rtol, atol)."""
+        """(rtol, atol). In words, it is the first of each that is named; a number by itself is absolute."""
         tolerance = self.entry.get("tolerance", "exact")
-        return (0.0, 0.0) if tolerance == "exact" else (tolerance["rtol"], tolerance["atol"])
+        if isinstance(tolerance, dict):
+            return tolerance["rtol"], tolerance["atol"]
+        named = {name: float(value) for name, value in reversed(re.findall(rf"(rtol|atol) ({NUMBER})", tolerance))}
+        bare = re.match(rf"\D*?({NUMBER})", tolerance) if not named else None
+        return named.get("rtol", 0.0), named.get("atol", float(bare[1]) if bare else 0.0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -47,11 +56,12 @@ class Case:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        name = self.entry.get("file")
-        if not name:
-            return {}
-        with np.load(self.folder / name, allow_pickle=False) as file:
-            return dict(file)
+        arrays = {}
+        for name in self.files:
+            if name.endswith(".npz"):
+                with np.load(self.folder / name, allow_pickle=False) as file:
+                    arrays |= dict(file)
+        return arrays
 
     def names(self, prefix: str) -> list[str]:
         """Names of the arrays that start with ``prefix``, in the order of the file."""
@@ -76,7 +86,8 @@ class Case:
     def outputs(self) -> list[str]:
         """What a runner has to check."""
         outputs = self.entry.get("outputs", {})
-        return [name.rstrip("*") for name in outputs] if isinstance(outputs, dict) else [o["key"] for o in outputs]
+        names = outputs if isinstance(outputs, dict) else [output["key"] for output in outputs]
+        return [re.split("[*<]", name)[0] for name in names]  # "mask_<i>" stands for all that start with "mask_"
 
 
 @dataclass
