@@ -181,7 +181,8 @@ class _Pieces(Dataset):
                 return {"error": f"none of {MAX_ATTEMPTS} images could be read; the last one was {name}: {reason}"}
             samples.append(self.views(image, (self.seed, key.epoch, index)))
             used.append(index_used)
-        return {**stack(samples), "indices": torch.tensor(used), "first_sample": key.first_sample, "bad": bad}
+        collate = getattr(self.views, "collate", stack)
+        return {**collate(samples), "indices": torch.tensor(used), "first_sample": key.first_sample, "bad": bad}
 
     def _readable_image(self, epoch: int, index: int, bad: list) -> tuple:
         """The image and its index, or those of the first replacement that can be read; what cannot goes to ``bad``."""

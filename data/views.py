@@ -1,6 +1,7 @@
 """What a method's network sees of an image: one class per recipe, a table on top with the source of each number.
 
-A recipe is called with a decoded image and a key, and returns a dict of tensors that the loader stacks over the batch.
+A recipe is called with a decoded image and a key, and returns a dict of tensors that the loader stacks over the batch
+(or, where the recipe has a ``collate``, whatever that makes of the samples).
 All its randomness comes from the key (seed, epoch, index): which worker calls it, when, and after what changes nothing.
 """
 
@@ -17,13 +18,13 @@ from randomness import counted_seed
 
 
 class MultiCropViews:
-    """Two global crops and ``local_crops_number`` local ones (DINO, main_dino.py, DataAugmentationDINO):
+    """Two or more global crops and ``local_crops_number`` local ones (DINO, main_dino.py, DataAugmentationDINO):
 
-    | crop     | size | area                | flip | jitter 0.4 0.4 0.2 0.1 | greyscale | blur 0.1-2.0 | solarise |
-    |----------|------|---------------------|------|------------------------|-----------|--------------|----------|
-    | global 1 | 224  | global_crops_scale  | 0.5  | 0.8                    | 0.2       | 1.0          | -        |
-    | global 2 | 224  | global_crops_scale  | 0.5  | 0.8                    | 0.2       | 0.1          | 0.2      |
-    | local    | 96   | local_crops_scale   | 0.5  | 0.8                    | 0.2       | 0.5          | -        |
+    | crop         | size | area                | flip | jitter 0.4 0.4 0.2 0.1 | greyscale | blur 0.1-2.0 | solarise |
+    |--------------|------|---------------------|------|------------------------|-----------|--------------|----------|
+    | global 1     | 224  | global_crops_scale  | 0.5  | 0.8                    | 0.2       | 1.0          | -        |
+    | global 2 ... | 224  | global_crops_scale  | 0.5  | 0.8                    | 0.2       | 0.1          | 0.2      |
+    | local        | 96   | local_crops_scale   | 0.5  | 0.8                    | 0.2       | 0.5          | -        |
 
     ``augment``: "fast" wants arrays (height, width, 3) uint8, "pil" Pillow images, which it treats as the original
     does, bit for bit. Both draw from the same distribution.
@@ -37,6 +38,7 @@ class MultiCropViews:
         global_crops_size: int = 224,
         local_crops_size: int = 96,
         augment: str = "fast",
+        global_crops_number: int = 2,
     ):
         if augment not in ("fast", "pil"):
             raise ValueError(f"augment {augment!r}: has to be fast or pil")
@@ -44,14 +46,14 @@ class MultiCropViews:
         first = CropRecipe(global_crops_size, tuple(global_crops_scale), blur=1.0)
         second = CropRecipe(global_crops_size, tuple(global_crops_scale), blur=0.1, solarize=0.2)
         local = CropRecipe(local_crops_size, tuple(local_crops_scale), blur=0.5)
-        self.recipes = [first, second] + [local] * local_crops_number
+        self.recipes = [first] + [second] * (global_crops_number - 1) + [local] * local_crops_number
         self.transforms = [pil_transform(recipe) for recipe in self.recipes] if augment == "pil" else []
 
     def __repr__(self) -> str:
         return "\n".join([f"MultiCropViews ({self.augment})", *(f"  {recipe}" for recipe in self.recipes)])
 
     def __call__(self, image: np.ndarray | Image.Image, key: tuple[int, ...]) -> dict[str, list[torch.Tensor]]:
-        """{"crops": list of (3, size, size) uint8}, the two global ones first."""
+        """{"crops": list of (3, size, size) uint8}, the global ones first."""
         if self.augment == "fast":
             return {"crops": self.fast_crops(image, key)}
         with seeded_generators(counted_seed(*key)):

@@ -1,10 +1,12 @@
 """Methods: what a student learns, and from whom. ``METHODS`` is the registry; a new method is one line here."""
 
+from methods.attmask import AttMask
 from methods.base import Method
 from methods.dino import DINO
+from methods.ibot import IBOT
 from utils import UsageError, nearest
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DINO,)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (DINO, IBOT, AttMask)}
 
 
 def method_class(name: str) -> type[Method]:

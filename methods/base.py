@@ -106,6 +106,12 @@ class Method(nn.Module):
         """Label-free signs of life from the latest forward pass (training/health.py says what they mean)."""
         return {}
 
+    def masks(self, batch: dict, clock: Clock) -> torch.Tensor | None:
+        """For pictures: the patches that the student will not see, (views, batch, rows, columns) bool of the first
+        views; None where nothing is hidden.
+        """
+        return None
+
     def checkpoint_parts(self) -> dict[str, nn.Module]:
         """Top-level key in the checkpoint -> the module whose state it holds, in the original's layout."""
         raise NotImplementedError

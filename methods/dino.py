@@ -15,12 +15,13 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
-from methods.base import Clock, Method, ema_update_
-from methods.centring import Centre
+from methods.base import Clock, Method
+from methods.centring import Centres
 from methods.distillation import cross_view_loss, teacher_probabilities
 from methods.heads import DINOHead
 from methods.health import clustering_health
 from methods.multicrop import MultiCropNetwork, add_crop_arguments, check_crop_arguments, multi_crop_views
+from methods.teacher import Follower, add_teacher_arguments, check_teacher_arguments, rest_last_layer, start_teacher
 from models import build_backbone
 from utils import UsageError, bool_flag, warmup_scheduler
 
@@ -35,46 +36,15 @@ class DINO(Method):
     def add_arguments(parser: argparse._ArgumentGroup) -> None:
         add = parser.add_argument
         add("--out_dim", default=65536, type=int, help="prototypes; large values suit large data sets")
-        add(
-            "--norm_last_layer",
-            default=True,
-            type=bool_flag,
-            help="freeze the prototypes' norms at 1; false trains better, true is safer with ViT-B and small batches",
-        )
-        add(
-            "--momentum_teacher",
-            default=0.996,
-            type=float,
-            help="first EMA momentum of the teacher, rising to 1; higher for small batches (0.9995 at 256)",
-        )
         add("--use_bn_in_head", default=False, type=bool_flag, help="batch norm in the head; ResNets use it")
-        add(
-            "--warmup_teacher_temp",
-            default=0.04,
-            type=float,
-            help="first teacher temperature; lower it if the loss stalls",
-        )
-        add("--teacher_temp", default=0.04, type=float, help="final teacher temperature; above 0.07 is unstable")
-        add("--warmup_teacher_temp_epochs", default=0, type=int, help="epochs of linear warm-up of that temperature")
-        add(
-            "--freeze_last_layer",
-            default=1,
-            type=int,
-            help="epochs during which the prototypes stay fixed; raise it if the loss does not decrease",
-        )
+        add_teacher_arguments(parser)
         add_crop_arguments(parser)
 
     @staticmethod
     def check_arguments(args: argparse.Namespace) -> None:
         if args.out_dim < 1:
             raise UsageError(f"--out_dim {args.out_dim}: a head needs at least one prototype (the default is 65536)")
-        if args.warmup_teacher_temp_epochs > args.epochs:
-            raise UsageError(
-                f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is longer than --epochs {args.epochs}"
-            )
-        for name in ("warmup_teacher_temp", "teacher_temp"):
-            if getattr(args, name) <= 0:
-                raise UsageError(f"--{name} {getattr(args, name)}: a temperature must be positive")
+        check_teacher_arguments(args)
         check_crop_arguments(args)
 
     @staticmethod
@@ -107,9 +77,9 @@ class DINO(Method):
         """``teacher_temps``: one temperature per epoch. The teacher starts as a copy of the student."""
         super().__init__()
         self.student, self.teacher = student, teacher
-        teacher.load_state_dict(student.state_dict())
-        teacher.requires_grad_(False)
-        self.centre = Centre(teacher.head.last_layer.weight_g.shape[0], center_momentum)
+        start_teacher(teacher, student)
+        self.follower = Follower(teacher, student)
+        self.centre = Centres(center_momentum, center=(1, teacher.head.last_layer.weight_g.shape[0]))
         self.teacher_temps = teacher_temps
         self.student_temp = student_temp
         self.freeze_last_layer = freeze_last_layer
@@ -135,25 +105,22 @@ class DINO(Method):
     def teacher_targets(self, crops: list[torch.Tensor], clock: Clock) -> torch.Tensor:
         features = self.teacher.features(crops)
         logits = self.teacher.head(features)  # (2 * batch, prototypes)
-        self.centre.collect(logits)
+        self.centre.collect(center=logits)
         self._seen["features"] = features
         probs = teacher_probabilities(logits, self.centre.center, self.teacher_temps[clock.epoch])
         self.used.index_fill_(0, probs.argmax(dim=-1), True)
         return probs.unflatten(0, (self.teacher_views, -1))
 
     def student_bottleneck(self, crops: list[torch.Tensor], clock: Clock) -> torch.Tensor:
-        depth = len(getattr(self.student.backbone, "blocks", ()))
+        depth = getattr(self.student.backbone, "depth", 0)
         draws = clock.drop_path_draws(depth, len(crops), crops[0].shape[0])
         return self.student.head.bottleneck(self.student.features(crops, draws))
 
     def after_backward(self, clock: Clock) -> None:
-        if clock.epoch < self.freeze_last_layer:
-            for name, parameter in self.student.named_parameters():
-                if "last_layer" in name:
-                    parameter.grad = None  # neither moments nor weight decay touch it
+        rest_last_layer(self.student, clock, self.freeze_last_layer)
 
     def after_step(self, clock: Clock, gate: torch.Tensor | None) -> None:
-        ema_update_(self.teacher.parameters(), self.student.parameters(), clock.momentum, gate)
+        self.follower.step(clock.momentum, gate)
         self.centre.commit(gate)
 
     # ---- looking at it ----------------------------------------------------------------------------------------------

@@ -80,6 +80,23 @@ def cross_view_loss(z: torch.Tensor, weight: torch.Tensor, probs: torch.Tensor, 
     return prototype_cross_entropy(z, weight, targets, rows, 1.0 / (pairs * batch), mass, temperature)
 
 
+def masked_patch_loss(
+    z: torch.Tensor, weight: torch.Tensor, probs: torch.Tensor, masks: torch.Tensor, masked: torch.Tensor, temp: float
+) -> torch.Tensor:
+    """Mean cross-entropy of the hidden patches of every image, averaged over all images and crops.
+
+    Shapes     z (positions, dim) student vectors and probs (positions, prototypes) teacher distributions at the flat
+               positions ``masked`` of ``masks`` (crops * batch, patches)
+    Returns    a scalar in nats; exactly 0 where nothing is hidden
+    Source     iBOT (2111.07832), eq. 2; parity: images without hidden patches count in the average
+    """
+    images, patches = masks.shape
+    per_image = masks.sum(dim=1).clamp(min=1).to(probs.dtype) * images
+    row_weight = 1.0 / per_image[masked.div(patches, rounding_mode="floor")]
+    rows = torch.arange(len(masked), device=z.device)
+    return prototype_cross_entropy(z, weight, probs, rows, row_weight, torch.ones_like(row_weight), temp)
+
+
 class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, weight, targets, target_rows, row_weight, mass, temperature):
@@ -91,8 +108,9 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             zc, wc = z.to(compute), weight.to(compute)
             loss = torch.zeros((), dtype=accurate, device=z.device)
             grad_z = torch.empty(z.shape, dtype=accurate, device=z.device) if needs_z else None
-            grad_weight = None
-            common = row_weight.max()  # kept out of the products: they stay in the middle of a half format's range
+            grad_weight = torch.zeros_like(weight, dtype=accurate) if needs_weight and not len(z) else None
+            # the largest weight (1 of no rows) is kept out of the products: they stay in the middle of a half's range
+            common = row_weight.max() if len(row_weight) else row_weight.new_ones(())
             relative = (row_weight / common)[:, None]
             chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
             for first in range(0, z.shape[0], chunk):

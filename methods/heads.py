@@ -1,4 +1,4 @@
-"""Projection heads."""
+"""Projection heads: DINO's for vectors, iBOT's for class and patch tokens."""
 
 import torch
 import torch.nn as nn
@@ -66,3 +66,67 @@ class DINOHead(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, in_dim) -> logits (rows, out_dim)."""
         return self.last_layer(self.bottleneck(x))
+
+
+NORMS = {"bn": nn.BatchNorm1d, "syncbn": nn.BatchNorm1d, "csyncbn": nn.BatchNorm1d, "ln": nn.LayerNorm}
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class IBOTHead(nn.Module):
+    """DINO's head with prototypes for class tokens (``last_layer``) and for patches (``last_layer2``).
+
+    With ``shared_head`` both are the same layer, saved under both names. Source: iBOT (2111.07832), section 3.2.
+
+    parity: a single norm stands after every hidden layer, so its parameters are shared, and batch statistics move
+    twice in a forward pass. The three kinds of batch norm are one: iBOT converts each of them to a batch norm over all
+    processes before it trains. ``bottleneck_dim`` 0 has no bottleneck: linear layers give the logits.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        patch_out_dim: int | None = None,
+        shared_head: bool = True,
+        norm: str | None = None,
+        act: str = "gelu",
+        norm_last_layer: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ):
+        super().__init__()
+        layers: list[nn.Module] = []
+        after = [NORMS[norm](hidden_dim)] if norm else []
+        for width_in in [in_dim] + [hidden_dim] * (nlayers - 2):
+            layers += [nn.Linear(width_in, hidden_dim), *after, ACTIVATIONS[act]()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim or out_dim))
+        self.has_batch_norm = any(isinstance(module, nn.BatchNorm1d) for module in after)
+        patch_out_dim = out_dim if shared_head or patch_out_dim is None else patch_out_dim
+        self.last_layer = self.last_layer2 = self.mlp2 = None
+        if bottleneck_dim:
+            self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_norm=not norm_last_layer)
+            self.last_layer2 = self.last_layer
+            if not shared_head:
+                self.last_layer2 = WeightNormLinear(bottleneck_dim, patch_out_dim, train_norm=not norm_last_layer)
+        else:
+            self.mlp2 = self.mlp[-1] if shared_head else nn.Linear(hidden_dim, patch_out_dim)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def bottleneck(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, in_dim) -> unit vectors (rows, bottleneck_dim)."""
+        return F.normalize(self.mlp(x), dim=-1, p=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (batch, 1 + patches, in_dim) -> logits of the class token (batch, out_dim) and of the patches
+        (batch, patches, patch_out_dim); vectors (rows, in_dim) -> class logits alone.
+        """
+        hidden = self.mlp[:-1](x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        cls, patches = (hidden, None) if x.ndim == 2 else (hidden[:, 0], hidden[:, 1:])
+        if self.last_layer is None:
+            return self.mlp[-1](cls) if patches is None else (self.mlp[-1](cls), self.mlp2(patches))
+        cls = self.last_layer(F.normalize(self.mlp[-1](cls), dim=-1))
+        return cls if patches is None else (cls, self.last_layer2(F.normalize(self.mlp[-1](patches), dim=-1)))

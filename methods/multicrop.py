@@ -15,8 +15,8 @@ from utils import UsageError
 
 def add_crop_arguments(parser: argparse._ArgumentGroup) -> None:
     add = parser.add_argument
-    add("--global_crops_scale", default=(0.4, 1.0), type=float, nargs=2, help="area share of the two global crops")
-    add("--local_crops_number", default=8, type=int, help="local crops per image; 0 leaves the two global ones")
+    add("--global_crops_scale", default=(0.4, 1.0), type=float, nargs=2, help="area share of the global crops")
+    add("--local_crops_number", default=8, type=int, help="local crops per image; 0 leaves the global ones")
     add("--local_crops_scale", default=(0.05, 0.4), type=float, nargs=2, help="area share of the local crops")
     add("--global_crops_size", default=224, type=int, help="pixels")
     add("--local_crops_size", default=96, type=int, help="pixels")
@@ -52,6 +52,7 @@ def multi_crop_views(args: argparse.Namespace) -> MultiCropViews:
         global_crops_size=args.global_crops_size,
         local_crops_size=args.local_crops_size,
         augment=args.augment,
+        global_crops_number=getattr(args, "global_crops_number", 2),
     )
 
 

@@ -1,8 +1,8 @@
 """Pre-norm transformer blocks on packed tokens: the rows of crops of several sizes in one matrix.
 
 Norms and linear layers run once on all rows; only attention looks at one size at a time (``Groups`` says which rows
-belong together). Where only the first tokens are read, queries and MLP are computed for those rows alone. Stochastic
-depth takes its draws as an argument and does not compute what it drops.
+belong together). Where only some tokens are read (``Reads``), queries and MLP are computed for those rows alone.
+Stochastic depth takes its draws as an argument and does not compute what it drops.
 """
 
 from collections.abc import Sequence
@@ -63,11 +63,30 @@ def scale_samples(kept: np.ndarray, out_groups: Groups, rate: float, like: torch
     return torch.from_numpy(scale).to(like.device, like.dtype, non_blocking=True)
 
 
-def first_tokens(x: torch.Tensor, groups: Groups, count: int) -> torch.Tensor:
-    """The first ``count`` tokens of every sample: packed (rows, dim) -> packed (samples * count, dim)."""
+class Reads(NamedTuple):
+    """What is read of a block's output, so that the last block computes nothing else.
+
+    ``queries``: for every group of sizes, how many tokens of a sample are read, from the first on. ``rows``: of these
+    (packed), the rows that are read; None means all.
+    """
+
+    queries: Sequence[int]
+    rows: torch.Tensor | None = None
+
+    def groups(self, groups: Groups) -> Groups:
+        return [(samples, count) for (samples, _), count in zip(groups, self.queries, strict=True)]
+
+    def pick(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """Packed rows of whole samples -> the packed rows that are read."""
+        queries = first_tokens(x, groups, self.queries)
+        return queries if self.rows is None else queries.index_select(0, self.rows)
+
+
+def first_tokens(x: torch.Tensor, groups: Groups, counts: Sequence[int]) -> torch.Tensor:
+    """The first ``counts[g]`` tokens of every sample of group g: packed (rows, dim) -> packed (fewer rows, dim)."""
     parts = [
-        part.view(samples, tokens, x.shape[-1])[:, :count].flatten(0, 1)
-        for part, (samples, tokens) in zip(x.split([b * t for b, t in groups]), groups, strict=True)
+        part if count == tokens else part.view(samples, tokens, x.shape[-1])[:, :count].flatten(0, 1)
+        for part, (samples, tokens), count in zip(x.split([b * t for b, t in groups]), groups, counts, strict=True)
     ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -81,38 +100,38 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor, groups: Groups, queries: int | None = None) -> torch.Tensor:
-        """All rows out, or with ``queries`` only those of the first ``queries`` tokens of every sample."""
-        if queries is None:
-            parts = [
-                attend(*self._heads(part, samples, tokens, 3))
-                for part, (samples, tokens) in zip(self._split(self.qkv(x), groups), groups, strict=True)
-            ]
-        else:
-            parts = [attend(*qkv) for qkv in self._query_heads(x, groups, queries)]
+    def forward(self, x: torch.Tensor, groups: Groups, reads: Reads | None = None) -> torch.Tensor:
+        """All rows out, or only those that are read."""
+        parts = [attend(*qkv) for qkv in self._group_heads(x, groups, reads)]
         rows = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in parts]
-        return self.proj(torch.cat(rows) if len(rows) > 1 else rows[0])
+        rows = torch.cat(rows) if len(rows) > 1 else rows[0]
+        return self.proj(rows if reads is None or reads.rows is None else rows.index_select(0, reads.rows))
 
     def weights(self, x: torch.Tensor, groups: Groups, queries: int | None = None) -> torch.Tensor:
         """Attention of one group (samples, tokens): (samples, heads, queries or tokens, tokens)."""
-        ((samples, tokens),) = groups
-        if queries is None:
-            q, k, _ = self._heads(self.qkv(x), samples, tokens, 3)
-        else:
-            ((q, k, _),) = self._query_heads(x, groups, queries)
+        ((q, k, _),) = self._group_heads(x, groups, None if queries is None else Reads([queries]))
         return attention_weights(q, k)
 
-    def _query_heads(self, x, groups, queries):
-        """q of the first ``queries`` tokens, k and v of all tokens, for every group."""
-        dim = x.shape[-1]
-        bias = self.qkv.bias
-        q_rows = F.linear(first_tokens(x, groups, queries), self.qkv.weight[:dim], None if bias is None else bias[:dim])
+    def forward_with_weights(self, x: torch.Tensor, groups: Groups, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All rows of a group, and the attention (samples, heads, queries, tokens) of its first ``queries`` tokens."""
+        ((q, k, v),) = self._group_heads(x, groups, None)
+        rows = attend(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+        return self.proj(rows), attention_weights(q[:, :, :queries], k)
+
+    def _group_heads(self, x, groups, reads):
+        """q, k, v (samples, heads, tokens, head dim) of every group; with ``reads`` q of the tokens that are read."""
+        if reads is None:
+            parts = zip(self._split(self.qkv(x), groups), groups, strict=True)
+            return [self._heads(part, samples, tokens, 3) for part, (samples, tokens) in parts]
+        dim, bias = x.shape[-1], self.qkv.bias
+        queries = first_tokens(x, groups, reads.queries)
+        q_rows = F.linear(queries, self.qkv.weight[:dim], None if bias is None else bias[:dim])
         kv_rows = F.linear(x, self.qkv.weight[dim:], None if bias is None else bias[dim:])
-        query_groups = [(samples, queries) for samples, _ in groups]
-        parts = zip(groups, self._split(q_rows, query_groups), self._split(kv_rows, groups), strict=True)
+        q_groups = reads.groups(groups)
+        parts = zip(q_groups, groups, self._split(q_rows, q_groups), self._split(kv_rows, groups), strict=True)
         return [
-            (*self._heads(q, samples, queries, 1), *self._heads(kv, samples, tokens, 2))
-            for (samples, tokens), q, kv in parts
+            (*self._heads(q, samples, count, 1), *self._heads(kv, samples, tokens, 2))
+            for (samples, count), (_, tokens), q, kv in parts
         ]
 
     @staticmethod
@@ -165,31 +184,40 @@ class Block(nn.Module):
         self,
         x: torch.Tensor,
         groups: Groups,
-        queries: int | None = None,
+        reads: Reads | None = None,
         attn_drop: Selection | torch.Tensor | None = None,
         mlp_drop: Selection | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Packed (rows, dim) -> the same rows, or only those of the first ``queries`` tokens of every sample.
+        """Packed (rows, dim) -> the same rows, or only those that are read.
 
         ``attn_drop``, ``mlp_drop``: stochastic depth of the two branches, made by ``drops``; None drops nothing.
         """
-        out = x if queries is None else first_tokens(x, groups, queries)
-        out = self._add(out, x, groups, attn_drop, lambda rows, layout: self._attn_branch(rows, layout, queries))
+        out = x if reads is None else reads.pick(x, groups)
+        out = self._add(out, x, groups, attn_drop, lambda rows, layout: self._attn_branch(rows, layout, reads))
         return self._add(out, out, None, mlp_drop, lambda rows, _: self._mlp_branch(rows))
 
-    def drops(self, draws: np.ndarray, x: torch.Tensor, groups: Groups, queries: int | None, skip: bool) -> tuple:
+    def forward_with_attention(
+        self, x: torch.Tensor, groups: Groups, queries: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All rows of one group, nothing dropped, and the attention of the first ``queries`` tokens."""
+        y, weights = self.attn.forward_with_weights(self.norm1(x), groups, queries)
+        x = x + (y if self.gamma_1 is None else self.gamma_1 * y)
+        return x + self._mlp_branch(x), weights
+
+    def drops(self, draws: np.ndarray, x: torch.Tensor, groups: Groups, reads: Reads | None, skip: bool) -> tuple:
         """``draws`` (2, samples) uniform numbers -> what ``forward`` takes for its two branches."""
-        out_groups = groups if queries is None else [(samples, queries) for samples, _ in groups]
+        out_groups = groups if reads is None else reads.groups(groups)
         attn_kept, mlp_kept = draws >= self.drop_path
-        if skip:
+        if skip and (reads is None or reads.rows is None):
             return (
                 select_samples(attn_kept, groups, out_groups, self.drop_path, x.device),
                 select_samples(mlp_kept, out_groups, out_groups, self.drop_path, x.device),
             )
-        return tuple(scale_samples(kept, out_groups, self.drop_path, x) for kept in (attn_kept, mlp_kept))
+        scales = [scale_samples(kept, out_groups, self.drop_path, x) for kept in (attn_kept, mlp_kept)]
+        return tuple(scales if reads is None or reads.rows is None else (scale[reads.rows] for scale in scales))
 
-    def _attn_branch(self, rows, groups, queries):
-        y = self.attn(self.norm1(rows), groups, queries)
+    def _attn_branch(self, rows, groups, reads):
+        y = self.attn(self.norm1(rows), groups, reads)
         return y if self.gamma_1 is None else self.gamma_1 * y
 
     def _mlp_branch(self, rows):

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.blocks import Block
+from models.blocks import Block, Groups, Reads
 
 
 class PatchEmbed(nn.Module):
@@ -52,7 +52,8 @@ class VisionTransformer(nn.Module):
         if img_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide the construction size {img_size}")
         self.embed_dim = embed_dim
-        self.patch_size = patch_size
+        self.depth = depth
+        self.patch_size = self.mask_unit = patch_size  # a mask hides whole patches
         self.num_class_tokens = num_class_tokens
         self.num_registers = num_registers
         self.grad_checkpointing = False
@@ -144,11 +145,11 @@ class VisionTransformer(nn.Module):
 
     # ---- through the blocks -----------------------------------------------------------------------------------------
 
-    def _run_blocks(self, x, groups, draws=None, queries=None):
-        """Packed rows through every block; with ``queries`` the last block returns only those tokens."""
+    def _run_blocks(self, x, groups, draws=None, reads=None):
+        """Packed rows through every block; with ``reads`` the last block returns only those rows."""
         skip = self.skip_dropped and x.device.type == "cpu"  # on a GPU gathering rows costs what it saves
         for index, block in enumerate(self.blocks):
-            last = queries if block is self.blocks[-1] else None
+            last = reads if block is self.blocks[-1] else None
             drops = (None, None)
             if draws is not None and block.drop_path > 0:
                 drops = block.drops(draws[index], x, groups, last, skip)
@@ -167,14 +168,36 @@ class VisionTransformer(nn.Module):
 
         ``draws``: (depth, 2, samples) uniform numbers for stochastic depth (attention and MLP of every block).
         """
-        tokens = [self.prepare_tokens(group) for group in group_by_size(crops)]
-        groups = [(t.shape[0], t.shape[1]) for t in tokens]
-        packed = [t.flatten(0, 1) for t in tokens]
-        x = self._run_blocks(
-            torch.cat(packed) if len(packed) > 1 else packed[0], groups, draws, queries=self.num_class_tokens
-        )
-        x = self.norm(x)
+        x, groups = pack([self.prepare_tokens(group) for group in group_by_size(crops)])
+        reads = Reads([self.num_class_tokens] * len(groups))
+        x = self.norm(self._run_blocks(x, groups, draws, reads))
         return x if self.num_class_tokens == 1 else x.view(-1, self.num_class_tokens, self.embed_dim)
+
+    def forward_masked(
+        self,
+        global_crops: Sequence[torch.Tensor],
+        local_crops: Sequence[torch.Tensor],
+        masks: torch.Tensor | None,
+        masked: torch.Tensor,
+        draws: np.ndarray | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What masked distillation reads of a student's crops, after the final norm, in one pass.
+
+        Shapes     crops (batch, 3, height, width), the global ones of one size; masks (global crops * batch, rows,
+                   columns) bool or None for images as they are; masked (positions,) int64, flat positions in (global
+                   crops * batch, patches); draws as ``forward_crops``, global crops first
+        Returns    class tokens, of the global crops first (crops * batch, dim); patches (positions, dim) at ``masked``
+        """
+        tokens = [self.prepare_tokens(torch.cat(tuple(global_crops)), masks)]
+        x, groups = pack(tokens + [self.prepare_tokens(group) for group in group_by_size(local_crops)])
+        count, prefix = tokens[0].shape[1], self.num_prefix_tokens
+        queries = [count] + [1] * (len(groups) - 1)
+        images, per_image = groups[0][0], count - prefix
+        classes = torch.arange(images, device=x.device) * count
+        others = images * count + torch.arange(sum(samples for samples, _ in groups[1:]), device=x.device)
+        patches = masked.div(per_image, rounding_mode="floor") * count + prefix + masked % per_image
+        x = self.norm(self._run_blocks(x, groups, draws, Reads(queries, torch.cat((classes, others, patches)))))
+        return x.split([x.shape[0] - len(masked), len(masked)])
 
     def forward_features(
         self, images: torch.Tensor, masks: torch.Tensor | None = None, draws: np.ndarray | None = None
@@ -183,6 +206,15 @@ class VisionTransformer(nn.Module):
         tokens = self.prepare_tokens(images, masks)
         x = self._run_blocks(tokens.flatten(0, 1), [tokens.shape[:2]], draws)
         return self.norm(x).view_as(tokens)
+
+    def forward_features_with_attention(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``forward_features``, and the last block's attention of the first class token (batch, heads, tokens)."""
+        tokens = self.prepare_tokens(images)
+        groups, x = [tokens.shape[:2]], tokens.flatten(0, 1)
+        for block in self.blocks[:-1]:
+            x = block(x, groups)
+        x, attention = self.blocks[-1].forward_with_attention(x, groups, queries=1)
+        return self.norm(x).view_as(tokens), attention[:, :, 0]
 
     # ---- looking inside ---------------------------------------------------------------------------------------------
 
@@ -203,6 +235,13 @@ class VisionTransformer(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x, groups)
         return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x), groups, queries)
+
+
+def pack(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Groups]:
+    """(samples, tokens, dim) tensors -> the rows of all of them in one matrix, and how these belong together."""
+    groups = [(t.shape[0], t.shape[1]) for t in tokens]
+    rows = [t.flatten(0, 1) for t in tokens]
+    return torch.cat(rows) if len(rows) > 1 else rows[0], groups
 
 
 def group_by_size(crops: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -37,7 +37,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--dry_run", action="store_true", help="everything but training: settings, data, memory, first batch")
     add("--replay", metavar="FILE", help="run a step again that was not finite (the file the run wrote)")
 
-    method.add_arguments(parser.add_argument_group(f"the method ({method.name})"))
+    own = parser.add_argument_group(f"the method ({method.name})")
 
     add = parser.add_argument_group("backbone").add_argument
     add("--arch", default="vit_small", help=f"{', '.join(VITS)}, a torchvision resnet, or timm/<name>")
@@ -85,6 +85,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: GPUs when there are any")
     add("--dist_url", default="env://", help="how processes find each other")
     add("--local_rank", "--local-rank", type=int, help="ignored; old launchers pass it")
+    method.add_arguments(own)  # last, so that a method can set other defaults of the options above
     return parser
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from methods.centring import Centre
+from methods.centring import Centres
 from methods.distillation import cross_view_loss, teacher_probabilities
 from tests.parity import Case
 from utils import warmup_scheduler
@@ -19,10 +19,10 @@ def temperatures(p: dict):
     return warmup_scheduler(*(p[name] for name in names))
 
 
-def loss_step(student: torch.Tensor, teacher: torch.Tensor, centre: Centre, temp: float, student_temp: float) -> tuple:
+def loss_step(student: torch.Tensor, teacher: torch.Tensor, centre: Centres, temp: float, student_temp: float) -> tuple:
     """Loss and gradient for given logits: with the unit vectors as prototypes, a student's vector is its logits."""
     student = student.clone().requires_grad_()
-    centre.collect(teacher)
+    centre.collect(center=teacher)
     probs = teacher_probabilities(teacher, centre.center, temp).unflatten(0, (2, -1))
     loss = cross_view_loss(student, torch.eye(student.shape[1], dtype=student.dtype), probs, student_temp)
     loss.backward()
@@ -35,7 +35,7 @@ def dino_loss(case: Case) -> Iterator[tuple]:
     temps = temperatures(p)
     if "out/teacher_temp_schedule" in case.arrays:
         yield "out/teacher_temp_schedule", temps, case.arrays["out/teacher_temp_schedule"]
-    centre = Centre(p["out_dim"], p["center_momentum"]).to(case.dtype)
+    centre = Centres(p["center_momentum"], center=(1, p["out_dim"])).to(case.dtype)
     centre.center.copy_(case.tensor("in/center0"))
     for step, epoch in enumerate(p["epoch_of_step"]):
         student, teacher = case.tensor(f"in/student{step}"), case.tensor(f"in/teacher{step}")
@@ -69,7 +69,7 @@ def _rank(rank: int, p: dict, inputs: dict, temps, port: int, queue, dtype: torc
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=p["world_size"])
-    centre = Centre(p["out_dim"], p.get("center_momentum", 0.9)).to(dtype)
+    centre = Centres(p.get("center_momentum", 0.9), center=(1, p["out_dim"])).to(dtype)
     computed = {}
     for step, epoch in enumerate(p["epoch_of_step"]):
         student, teacher = inputs[f"in/student{step}_rank{rank}"], inputs[f"in/teacher{step}_rank{rank}"]

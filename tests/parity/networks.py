@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from methods.heads import DINOHead
+from methods.heads import DINOHead, IBOTHead
 from methods.multicrop import MultiCropNetwork
 from models import build_backbone
 from models.vit import VisionTransformer, group_by_size
@@ -127,7 +127,92 @@ def multicrop_wrapper(case: Case) -> Iterator[tuple]:
     yield "out/logits, one backbone call per size", grouped_by_hand["head"](features), case.arrays["out/logits"]
 
 
+def ibot_head(case: Case) -> Iterator[tuple]:
+    module = IBOTHead(**case.params).to(case.dtype)
+    module.load_state_dict(case.state("state"))
+    parameters = [[name, list(p.shape), p.requires_grad] for name, p in module.named_parameters()]
+    yield "named_parameters", parameters, case.value("named_parameters")
+    x = case.tensor("in/x3").requires_grad_()
+    cls, patch = module.train()(x)
+    ((case.tensor("in/w_cls") * cls).sum() + (case.tensor("in/w_patch") * patch).sum()).backward()
+    yield "out/cls_train", cls, case.arrays["out/cls_train"]
+    yield "out/patch_train", patch, case.arrays["out/patch_train"]
+    yield "out/grad_x3", x.grad, case.arrays["out/grad_x3"]
+    for name in case.names("out/grad/"):
+        yield name, module.get_parameter(name.removeprefix("out/grad/")).grad, case.arrays[name]
+    for name in case.names("out/buffer_after/"):
+        yield name, module.get_buffer(name.removeprefix("out/buffer_after/")), case.arrays[name]
+    cls, patch = module.eval()(x)
+    yield "out/cls_eval", cls, case.arrays["out/cls_eval"]
+    yield "out/patch_eval", patch, case.arrays["out/patch_eval"]
+    yield "out/cls2d_eval", module(case.tensor("in/x2")), case.arrays["out/cls2d_eval"]
+
+
+def ibot_multicrop(case: Case) -> Iterator[tuple]:
+    p = case.params
+    head_sizes = {key: p[key] for key in ("out_dim", "hidden_dim", "bottleneck_dim")}
+    backbone = build_vit(p, masked_im_modeling=True)
+    network = MultiCropNetwork(backbone, IBOTHead(p["dim"], **head_sizes)).to(case.dtype)
+    network.load_state_dict(case.state("state"))
+    crops, local_crops = ([case.tensor(name) for name in case.names(f"in/{kind}")] for kind in ("global", "local"))
+    masks = torch.cat([case.tensor(name) for name in case.names("in/mask")])
+
+    tokens = backbone.forward_features(torch.cat(crops), masks)
+    local_tokens = backbone.forward_features(torch.cat(local_crops))
+    cls, patch = network.head(tokens)
+    local_cls, local_patch = network.head(local_tokens)
+    yield "out/backbone_feat", backbone.forward_features(torch.cat(crops)), case.arrays["out/backbone_feat"]
+    yield "out/cls", cls, case.arrays["out/cls"]
+    yield "out/patch", patch, case.arrays["out/patch"]
+    yield "out/local_cls", local_cls, case.arrays["out/local_cls"]
+    yield "out/local_patch", local_patch, case.arrays["out/local_patch"]
+
+    masked = masks.flatten().nonzero().flatten()
+    classes, patches = backbone.forward_masked(crops, local_crops, masks, masked)
+    count = len(case.arrays["out/cls"])
+    yield "out/cls, one pass for all crops", network.head(classes[:count]), case.arrays["out/cls"]
+    yield "out/local_cls, one pass for all crops", network.head(classes[count:]), case.arrays["out/local_cls"]
+    expected = case.tensor("out/patch").flatten(0, 1)[masked]
+    yield "out/patch, masked positions", network.head.last_layer2(network.head.bottleneck(patches)), expected
+
+
+def vit_masked(case: Case) -> Iterator[tuple]:
+    vit = build_vit(case.params, masked_im_modeling=True).to(case.dtype)
+    vit.load_state_dict(case.state("state"))
+    for name in case.names("in/x_"):
+        kind = name.removeprefix("in/x_")
+        images, masks = case.tensor(name), case.tensor(f"in/mask_{kind}")
+        vit.zero_grad()
+        tokens = vit.forward_features(images, masks)
+        (case.tensor(f"in/w_{kind}") * tokens).sum().backward()
+        yield f"out/tokens_{kind}", tokens, case.arrays[f"out/tokens_{kind}"]
+        yield f"out/grad_masked_embed_{kind}", vit.masked_embed.grad, case.arrays[f"out/grad_masked_embed_{kind}"]
+        bias = vit.patch_embed.proj.bias.grad
+        yield f"out/grad_patch_bias_{kind}", bias, case.arrays[f"out/grad_patch_bias_{kind}"]
+        yield f"out/tokens_nomask_{kind}", vit.forward_features(images), case.arrays[f"out/tokens_nomask_{kind}"]
+        inter = torch.stack(vit.get_intermediate_layers(images, len(case.arrays[f"out/inter_{kind}"])))
+        yield f"out/inter_{kind}", inter, case.arrays[f"out/inter_{kind}"]
+        yield f"out/attn_{kind}", vit.get_last_selfattention(images), case.arrays[f"out/attn_{kind}"]
+
+
+def vit_tokens(case: Case) -> Iterator[tuple]:
+    options = {name: case.params[name] for name in ("init_values",) if name in case.params}
+    vit = build_vit(case.params, **options).to(case.dtype)
+    vit.load_state_dict(case.state("state"))
+    for name in case.names("in/x_"):
+        kind = name.removeprefix("in/x_")
+        images = case.tensor(name)
+        yield f"out/tokens_{kind}", vit.forward_features(images), case.arrays[f"out/tokens_{kind}"]
+        yield f"out/cls_{kind}", vit(images), case.arrays[f"out/cls_{kind}"]
+        inter = torch.stack(vit.get_intermediate_layers(images, len(case.arrays[f"out/inter_{kind}"])))
+        yield f"out/inter_{kind}", inter, case.arrays[f"out/inter_{kind}"]
+
+
 RUNNERS = {
+    "ibot/head_*": ibot_head,
+    "ibot/multicrop_wrapper": ibot_multicrop,
+    "ibot/vit_masked": vit_masked,
+    "ibot/vit_layerscale": vit_tokens,
     "dino/vit_forward": vit_forward,
     "dino/vit_backward": vit_backward,
     "dino/vit_structure": vit_structure,
