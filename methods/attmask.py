@@ -105,15 +105,18 @@ class AttMask(MaskedDistillation):
         """Ranks of attention that are hidden in every global crop, (crops * batch, tokens) bool."""
         rng = random.Random(counted_seed(clock.seed, clock.iteration, _RATIO))
         ratio, second = (self.ratio.draw(clock.epoch, rng) for _ in range(2))
-        crop, sample = np.arange(self.teacher_views)[:, None], clock.first_sample + np.arange(batch)
-        gate = counted_uniforms(clock.seed, clock.iteration, _GATE, crop, sample).ravel()
-        top, hints = hint_counts(tokens, self.show_max, second)
         revealed = None
-        if self.pred_shape == "attmask_hint" and hints:
-            key = (crop[..., None], sample[:, None], np.arange(top))
-            uniforms = counted_uniforms(clock.seed, clock.iteration, _HINTS, *key).reshape(-1, top)
-            revealed = draw_hints(uniforms, hints)
+        if self.pred_shape == "attmask_hint":
+            top, hints = hint_counts(tokens, self.show_max, second)
+            revealed = draw_hints(self.uniforms(clock, _HINTS, batch, top), hints)
+        gate = self.uniforms(clock, _GATE, batch, 1)[:, 0]
         return hidden_ranks(tokens, int(tokens * ratio), gate <= self.masking_prob, revealed)
+
+    def uniforms(self, clock: Clock, purpose: int, batch: int, count: int) -> np.ndarray:
+        """``count`` numbers in [0, 1) for every global crop of this piece: (crops * batch, count)."""
+        crop, sample = np.arange(self.teacher_views)[:, None, None], clock.first_sample + np.arange(batch)[:, None]
+        drawn = counted_uniforms(clock.seed, clock.iteration, purpose, crop, sample, np.arange(count))
+        return drawn.reshape(-1, count)
 
     @torch.no_grad()
     def masks(self, batch: dict, clock: Clock) -> torch.Tensor:

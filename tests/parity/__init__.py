@@ -87,7 +87,10 @@ class Case:
         """What a runner has to check."""
         outputs = self.entry.get("outputs", {})
         names = outputs if isinstance(outputs, dict) else [output["key"] for output in outputs]
-        return [re.split("[*<]", name)[0] for name in names]  # "mask_<i>" stands for all that start with "mask_"
+        stems = {name: re.split("[*<]", name)[0] for name in names}  # "mask_<i>" stands for all that start with "mask_"
+        in_words = isinstance(outputs, dict) and all(isinstance(value, str) for value in outputs.values())
+        absent = {n for n, stem in stems.items() if n != stem and not in_words and self.arrays and not self.names(stem)}
+        return [stem for name, stem in stems.items() if name not in absent]
 
 
 @dataclass

@@ -208,7 +208,60 @@ def vit_tokens(case: Case) -> Iterator[tuple]:
         yield f"out/inter_{kind}", inter, case.arrays[f"out/inter_{kind}"]
 
 
+def attmask_init(case: Case) -> Iterator[tuple]:
+    """The names of a published student are ours, and the crops belong to its sizes."""
+    p, (head, backbone) = case.params["model"], attmask_network(case)
+    for name in case.names("step"):
+        size = p["img"] if int(name[-1]) < 2 else p["local"]
+        yield name, list(case.arrays[name].shape[1:]), [3, size, size]
+    names = [f"backbone.{n}" for n in backbone.state_dict()] + [f"head.{n}" for n in head.state_dict()]
+    yield "names", sorted(names), sorted(name for name in case.arrays if not name.startswith("step"))
+
+
+def attmask_network(case: Case) -> tuple[IBOTHead, VisionTransformer]:
+    p = case.params["model"]
+    sizes = {name: p[name] for name in ("out_dim", "patch_out_dim", "act", "nlayers", "shared_head", "norm_last_layer")}
+    head = IBOTHead(p["dim"], hidden_dim=p["hidden"], bottleneck_dim=p["bottleneck"], **sizes)
+    return head.to(case.dtype), build_vit(p, masked_im_modeling=True).to(case.dtype)
+
+
+def attmask_forward(case: Case) -> Iterator[tuple]:
+    head, backbone = attmask_network(case)
+    files = Case(case.folder, case.method, {**case.entry, "file": ["init_student.npz", "crops.npz"]})
+    for module, prefix in ((head, "head."), (backbone, "backbone.")):
+        names = files.names(prefix)
+        module.load_state_dict({name.removeprefix(prefix): files.tensor(name) for name in names})
+    images, local = files.tensor("step0_crop0"), files.tensor("step0_crop2")
+    wide = torch.cat((images, images), dim=3)[..., : images.shape[3] + 2 * backbone.patch_size]
+    masks = case.tensor("mask")
+
+    tokens, attention = backbone.forward_features_with_attention(images)
+    yield "tokens", tokens, case.arrays["tokens"]
+    yield "tokens, without attention", backbone.forward_features(images), case.arrays["tokens"]
+    yield "cls_attention", attention[..., backbone.num_prefix_tokens :].mean(dim=1), case.arrays["cls_attention"]
+    yield "last_attention", backbone.get_last_selfattention(images[:1]), case.arrays["last_attention"]
+    yield "local_attention", backbone.get_last_selfattention(local[:1]), case.arrays["local_attention"]
+    for index, block in enumerate(backbone.get_intermediate_layers(images, backbone.depth)):
+        yield f"intermediate_{index}", block, case.arrays[f"intermediate_{index}"]
+    yield "local_tokens", backbone.forward_features(local), case.arrays["local_tokens"]
+    yield "nonsquare_tokens", backbone.forward_features(wide), case.arrays["nonsquare_tokens"]
+    cls, patch = head(tokens)
+    yield "head_cls/head_patch: cls", cls, case.arrays["head_cls"]
+    yield "head_cls/head_patch: patch", patch, case.arrays["head_patch"]
+    yield "local_head_cls", head(backbone(local)), case.arrays["local_head_cls"]
+    yield "masked_tokens", backbone.forward_features(images, masks), case.arrays["masked_tokens"]
+    # the attention of a masked image is asked of nobody but the case: blocks by hand
+    x = backbone.prepare_tokens(images, masks)[-2:-1]
+    rows, groups = x.flatten(0, 1), [x.shape[:2]]
+    for block in backbone.blocks[:-1]:
+        rows = block(rows, groups)
+    last = backbone.blocks[-1]
+    yield "masked_attention", last.attn.weights(last.norm1(rows), groups), case.arrays["masked_attention"]
+
+
 RUNNERS = {
+    "attmask/init": attmask_init,
+    "attmask/forward": attmask_forward,
     "ibot/head_*": ibot_head,
     "ibot/multicrop_wrapper": ibot_multicrop,
     "ibot/vit_masked": vit_masked,

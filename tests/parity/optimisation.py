@@ -7,8 +7,11 @@ import torch
 
 from methods.base import Clock
 from methods.dino import DINO
-from methods.heads import DINOHead
+from methods.heads import DINOHead, IBOTHead
+from methods.ibot import IBOT
+from methods.masked_distillation import patch_temperatures
 from methods.multicrop import MultiCropNetwork
+from methods.teacher import Follower, start_teacher
 from models.vit import VisionTransformer
 from tests.parity import Case
 from training.optim import LARS
@@ -29,6 +32,16 @@ def schedules(case: Case) -> Iterator[tuple]:
             yield label, temps, case.arrays[label]
 
 
+def ibot_schedules(case: Case) -> Iterator[tuple]:
+    for name in case.entry["inputs"]:
+        a, number = case.value(name), name.removeprefix("args")
+        warmup, epochs, start = a["warmup_teacher_temp_epochs"], a["epochs"], a["pred_start_epoch"]
+        cls = warmup_scheduler(a["warmup_teacher_temp"], a["teacher_temp"], warmup, epochs)
+        patch = patch_temperatures(a["warmup_teacher_patch_temp"], a["teacher_patch_temp"], warmup, epochs, start)
+        yield f"out/cls{number}", cls, case.arrays[f"out/cls{number}"]
+        yield f"out/patch{number}", patch, case.arrays[f"out/patch{number}"]
+
+
 def small_dino(vit: dict, head: dict, freeze_last_layer: int = 1) -> DINO:
     networks = [MultiCropNetwork(VisionTransformer(**vit), DINOHead(vit["embed_dim"], **head)) for _ in range(2)]
     return DINO(*networks, teacher_temps=np.full(9, 0.04), freeze_last_layer=freeze_last_layer)
@@ -44,6 +57,45 @@ def param_groups(case: Case) -> Iterator[tuple]:
         names = {id(p): name for name, p in method.student.named_parameters()}
         decayed, undecayed = ([names[id(p)] for p in group["params"]] for group in method.param_groups())
         yield label, {"regularized": decayed, "not_regularized": undecayed}, case.value(label)
+
+
+def ibot_param_groups(case: Case) -> Iterator[tuple]:
+    for label in case.outputs():
+        if not label.startswith("vit_"):
+            continue
+        flags = {key: value == "True" for key, value in (part.split("=") for part in label[4:].split(","))}
+        expected = case.value(label)
+        depth = 1 + max(int(n.split(".")[2]) for n in expected["regularized"] if n.startswith("backbone.blocks."))
+        vit = {"patch_size": 8, "img_size": 16, "embed_dim": 4, "depth": depth, "num_heads": 1}
+        vit["init_values"] = 0.1 * any("gamma" in name for name in expected["not_regularized"])
+        head = {"out_dim": 4, "patch_out_dim": 4, "hidden_dim": 4, "bottleneck_dim": 4}
+        head |= {"shared_head": flags["shared"], "norm_last_layer": flags["norm_last_layer"]}
+        student, teacher = (
+            MultiCropNetwork(VisionTransformer(**vit, masked_im_modeling=masked), IBOTHead(4, **head))
+            for masked in (True, False)
+        )
+        method = IBOT(student, teacher, np.full(9, 0.04), np.full(9, 0.04))
+        names = {id(p): name for name, p in method.student.named_parameters()}
+        decayed, undecayed = ([names[id(p)] for p in group["params"]] for group in method.param_groups())
+        found = {"regularized": decayed, "not_regularized": undecayed}
+        yield label, {kind: found[kind] for kind in expected}, expected
+
+
+def teacher_init(case: Case) -> Iterator[tuple]:
+    state = case.state("student")
+    out_dim, bottleneck = state["last_layer.weight_v"].shape
+    hidden, in_dim = state["mlp.0.weight"].shape
+    sizes = {"out_dim": out_dim, "hidden_dim": hidden, "bottleneck_dim": bottleneck}
+    student, teacher = (
+        IBOTHead(in_dim, **sizes, **case.params[side]).to(case.dtype) for side in ("student", "teacher")
+    )
+    student.load_state_dict(state)
+    start_teacher(teacher, student)
+    for name, value in teacher.state_dict().items():
+        yield f"teacher_after/{name}", value, case.arrays[f"teacher_after/{name}"]
+    followed = {id(ours) for ours, _ in Follower(teacher, student).pairs}
+    names = sorted(name for name, p in teacher.named_parameters() if id(p) in followed)
+    yield "common_names", names, case.value("common_names")
 
 
 def clip_and_freeze(case: Case) -> Iterator[tuple]:
@@ -92,6 +144,9 @@ def lars(case: Case) -> Iterator[tuple]:
 
 
 RUNNERS = {
+    "ibot/schedules": ibot_schedules,
+    "ibot/param_groups": ibot_param_groups,
+    "ibot/teacher_init_from_student": teacher_init,
     "dino/schedules": schedules,
     "dino/param_groups": param_groups,
     "dino/clip_and_freeze": clip_and_freeze,

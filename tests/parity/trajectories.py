@@ -8,8 +8,13 @@ from pathlib import Path
 import torch
 
 from main_pretrain import Run, train_one_epoch
+from methods.attmask import AttMask
+from methods.base import Method
 from methods.dino import DINO
-from methods.heads import DINOHead
+from methods.heads import DINOHead, IBOTHead
+from methods.ibot import IBOT
+from methods.masked_distillation import patch_temperatures
+from methods.masking import MaskedViews, MaskRatio
 from methods.multicrop import MultiCropNetwork
 from tests.parity import Case
 from tests.parity.networks import build_vit
@@ -21,9 +26,9 @@ from utils import World, cosine_scheduler, warmup_scheduler
 
 
 class Diary:
-    """Writes down what the manifest's ``steps`` hold, from hooks of the method's contract."""
+    """Writes down what the manifests' steps hold, from hooks of the method's contract."""
 
-    def __init__(self, method: DINO):
+    def __init__(self, method: Method):
         self.method = method
         self.steps: list[dict] = []
         method.register_forward_pre_hook(self._before)
@@ -31,6 +36,29 @@ class Diary:
         self._clip, method.clip_gradients = method.clip_gradients, self._before_clipping
         self._step, method.after_step = method.after_step, self._after_step
 
+    def _before(self, _method, inputs) -> None:
+        self.steps.append({})
+
+    def _after(self, _method, _inputs, output) -> None:
+        self.steps[-1] |= {name: value.item() for name, value in output.items()}
+
+    def _before_clipping(self, clip: float) -> torch.Tensor:
+        named = self.method.student.named_parameters()
+        self.steps[-1]["grad_norms"] = {name: p.grad.norm().item() for name, p in named if p.grad is not None}
+        return self._clip(clip)
+
+    def _after_step(self, clock, gate) -> None:
+        self._step(clock, gate)
+        self.steps[-1] |= {"lr": clock.lr, "wd": clock.weight_decay, "momentum": clock.momentum}
+        (centres,) = (part for key, part in self.method.checkpoint_parts().items() if key.endswith("_loss"))
+        for name, centre in centres.state_dict().items():
+            self.steps[-1] |= {name: centre.clone(), f"{name}_norm": centre.norm().item()}
+
+    def column(self, name: str) -> list:
+        return [step[name] for step in self.steps]
+
+
+class DINODiary(Diary):
     def _before(self, _method, inputs) -> None:
         crops = inputs[0]["crops"]
         buffers = {name: b.clone() for name, b in self.method.named_buffers()}  # an extra forward moves batch norm's
@@ -41,49 +69,8 @@ class Diary:
                 buffer.copy_(buffers[name])
         self.steps.append({"student_logits_sum": student, "teacher_logits_sum": teacher})
 
-    def _after(self, _method, _inputs, output) -> None:
-        self.steps[-1]["loss"] = output["loss"].item()
 
-    def _before_clipping(self, clip: float) -> torch.Tensor:
-        named = self.method.student.named_parameters()
-        self.steps[-1]["grad_norms"] = {name: p.grad.norm().item() for name, p in named if p.grad is not None}
-        return self._clip(clip)
-
-    def _after_step(self, clock, gate) -> None:
-        self._step(clock, gate)
-        self.steps[-1] |= {
-            "center_norm": self.method.centre.center.norm().item(),
-            "lr": clock.lr,
-            "wd": clock.weight_decay,
-            "momentum": clock.momentum,
-        }
-
-
-def dino_method(case: Case) -> DINO:
-    p = case.params
-    head = {**p["head"], "use_bn": p["use_bn_in_head"]}
-    student, teacher = (
-        MultiCropNetwork(
-            build_vit(p["backbone"], drop_path_rate=rate),
-            DINOHead(p["backbone"]["dim"], norm_last_layer=frozen, **head),
-        )
-        for rate, frozen in ((p["drop_path_rate"], p["norm_last_layer"]), (0.0, True))
-    )
-    temps = warmup_scheduler(p["warmup_teacher_temp"], p["teacher_temp"], p["warmup_teacher_temp_epochs"], p["epochs"])
-    method = DINO(
-        student,
-        teacher,
-        teacher_temps=temps,
-        freeze_last_layer=p["freeze_last_layer"],
-        student_temp=p["student_temp"],
-        center_momentum=p["center_momentum"],
-    ).to(case.dtype)
-    method.student.load_state_dict(case.state("student0"))
-    method.teacher.load_state_dict(case.state("teacher0"))
-    return method
-
-
-def build_run(p: dict, method: DINO, folder: Path) -> Run:
+def build_run(p: dict, method: Method, folder: Path) -> Run:
     """The run main_pretrain.py would build from these options."""
     options = {"clip_grad": p["clip_grad"], "seed": 0, "accum_iter": 1, "precision": "fp64", "save_every_minutes": 0}
     limits = {"max_skipped": 1, "max_bad_images": 0.0, "output_dir": str(folder)}
@@ -112,25 +99,19 @@ def build_run(p: dict, method: DINO, folder: Path) -> Run:
     )
 
 
-def pieces(case: Case) -> Iterator[dict]:
-    p = case.params
-    for step in range(p["epochs"] * p["iters_per_epoch"]):
-        crops = [case.tensor(f"in/step{step}_crop{i}") for i in range(len(case.names(f"in/step{step}_crop")))]
-        yield {"crops": crops, "indices": torch.zeros(0), "bad": [], "first_sample": 0}
-
-
-def dino_trajectory(case: Case) -> Iterator[tuple]:
-    p = case.params
-    method = dino_method(case)
-    diary = Diary(method)
+def train(p: dict, method: Method, pieces: Iterator[dict]) -> list[dict]:
+    """All epochs; returns the averages that each of them logged."""
     with tempfile.TemporaryDirectory() as folder:
-        run = build_run(p, method, Path(folder))
-        stream, stats = pieces(case), []
+        run, stats = build_run(p, method, Path(folder)), []
         for epoch in range(p["epochs"]):
-            train_one_epoch(run, epoch, stream)
+            train_one_epoch(run, epoch, pieces)
             line = run.monitor.end_epoch(epoch, {})
-            stats.append({name: line[f"train_{name}"] for name in ("loss", "lr", "wd")})
-    yield "steps, effective learning rate", p["lr"] * run.global_batch / 256, p["lr_after_linear_scaling"]
+            stats.append({name.removeprefix("train_"): value for name, value in line.items()})
+    return stats
+
+
+def compare_steps(case: Case, diary: Diary, stats: list[dict]) -> Iterator[tuple]:
+    """What cases with the inline outputs ``steps`` and ``epoch_stats`` expect of a run."""
     for step, expected in enumerate(case.value("steps")):
         for name, value in expected.items():
             if isinstance(value, dict):
@@ -141,13 +122,181 @@ def dino_trajectory(case: Case) -> Iterator[tuple]:
     for epoch, expected in enumerate(case.value("epoch_stats")):
         for name, value in expected.items():
             yield f"epoch_stats {epoch} {name}", stats[epoch][name], value
-    for name, key in (("losses", "loss"), ("lr", "lr"), ("wd", "wd"), ("momentum", "momentum")):
-        yield f"out/{name}", [step[key] for step in diary.steps], case.arrays[f"out/{name}"]
-    yield "out/center", method.centre.center, case.arrays["out/center"]
+    for label in case.names("out/"):
+        name = {"losses": "loss"}.get(label.removeprefix("out/"), label.removeprefix("out/"))
+        column = diary.column(name)
+        yield label, column[-1] if isinstance(column[0], torch.Tensor) else column, case.arrays[label]
     for side in ("student", "teacher"):
-        actual = getattr(method, side).state_dict()
+        actual = getattr(diary.method, side).state_dict()
         for name, value in case.state(f"{side}_final").items():
             yield f"{side}_final/{name}", actual[name], value
 
 
-RUNNERS = {"dino/trajectory_*": dino_trajectory}
+def crop_pieces(case: Case) -> Iterator[dict]:
+    p = case.params
+    for step in range(p["epochs"] * p["iters_per_epoch"]):
+        piece = {"crops": [case.tensor(name) for name in case.names(f"in/step{step}_crop")]}
+        masks = [case.tensor(name) for name in case.names(f"in/step{step}_mask")]
+        yield with_masks(piece, masks) | {"indices": torch.zeros(0), "bad": [], "first_sample": 0}
+
+
+def with_masks(piece: dict, masks: list[torch.Tensor]) -> dict:
+    """What the loader makes of the masks (batch, rows, columns) of every crop."""
+    if not masks:
+        return piece
+    return piece | MaskedViews.collate([{"masks": list(sample)} for sample in zip(*masks, strict=True)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Methods from the parameters of a case
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def dino_trajectory(case: Case) -> Iterator[tuple]:
+    p = case.params
+    head = {**p["head"], "use_bn": p["use_bn_in_head"]}
+    student, teacher = (
+        MultiCropNetwork(
+            build_vit(p["backbone"], drop_path_rate=rate),
+            DINOHead(p["backbone"]["dim"], norm_last_layer=frozen, **head),
+        )
+        for rate, frozen in ((p["drop_path_rate"], p["norm_last_layer"]), (0.0, True))
+    )
+    temps = warmup_scheduler(p["warmup_teacher_temp"], p["teacher_temp"], p["warmup_teacher_temp_epochs"], p["epochs"])
+    method = DINO(
+        student,
+        teacher,
+        teacher_temps=temps,
+        freeze_last_layer=p["freeze_last_layer"],
+        student_temp=p["student_temp"],
+        center_momentum=p["center_momentum"],
+    ).to(case.dtype)
+    method.student.load_state_dict(case.state("student0"))
+    method.teacher.load_state_dict(case.state("teacher0"))
+    diary = DINODiary(method)
+    stats = train(p, method, crop_pieces(case))
+    batch = p["batch_size_per_gpu"] * p["world_size"]
+    yield "steps, effective learning rate", p["lr"] * batch / 256, p["lr_after_linear_scaling"]
+    yield from compare_steps(case, diary, stats)
+
+
+def masked_networks(backbones: tuple, head: dict, shared: tuple[bool, bool], frozen: bool) -> list[MultiCropNetwork]:
+    return [
+        MultiCropNetwork(backbone, IBOTHead(backbone.embed_dim, shared_head=own, norm_last_layer=norm, **head))
+        for backbone, own, norm in zip(backbones, shared, (frozen, True), strict=True)
+    ]
+
+
+def masked_settings(p: dict) -> dict:
+    warmup, epochs = p["warmup_teacher_temp_epochs"], p["epochs"]
+    patch_temps = p["warmup_teacher_patch_temp"], p["teacher_patch_temp"]
+    return {
+        "teacher_temps": warmup_scheduler(p["warmup_teacher_temp"], p["teacher_temp"], warmup, epochs),
+        "teacher_patch_temps": patch_temperatures(*patch_temps, warmup, epochs, p.get("pred_start_epoch", 0)),
+        "freeze_last_layer": p["freeze_last_layer"],
+        "lambda1": p["lambda1"],
+        "lambda2": p["lambda2"],
+    }
+
+
+def ibot_trajectory(case: Case) -> Iterator[tuple]:
+    p = case.params
+    backbones = tuple(build_vit(p["backbone_cfg"], masked_im_modeling=masked) for masked in (True, False))
+    head = {**p["head"], "norm": p["norm_in_head"], "act": p["act_in_head"]}
+    shared = p["shared_head"], p["shared_head_teacher"]
+    networks = masked_networks(backbones, head, shared, p["norm_last_layer"])
+    method = IBOT(*networks, **masked_settings(p), teacher_views=p["global_crops_number"]).to(case.dtype)
+    method.student.load_state_dict(case.state("student0"))
+    method.teacher.load_state_dict(case.state("teacher0"))
+    diary = Diary(method)
+    stats = train(p, method, crop_pieces(case))
+    yield from compare_steps(case, diary, stats)
+
+
+def attmask_trajectory(case: Case) -> Iterator[tuple]:
+    hyper, model = case.params["hyper"], case.params["model"]
+    p = hyper | {"batch_size_per_gpu": hyper["batch_size"], "world_size": 1, "optimizer": "adamw"}
+    init = Case(case.folder, case.method, {**case.entry, "file": ["init_student.npz"]}).arrays
+    state = {name: torch.from_numpy(value).to(case.dtype) for name, value in init.items()}
+    method = attmask_method(model, p, injected="drawn at random" in case.entry["inputs"]["mask_step<s>"]).to(case.dtype)
+    method.student.load_state_dict(state)
+    method.teacher.load_state_dict({name: value for name, value in state.items() if "masked_embed" not in name})
+    shown: list[dict[str, torch.Tensor]] = []
+    watch_masks(case, method, shown)
+    diary = Diary(method)
+    stats = train(p, method, attmask_pieces(case, hyper))
+
+    tensors = (1e-6, 1e-9)
+    for name in ("loss", "cls", "patch"):
+        yield name, diary.column(name), case.entry["outputs"][name]
+    for step, step_masks in enumerate(shown):
+        yield f"mask_step{step}", step_masks["masks"], case.arrays[f"mask_step{step}"], (0, 0)
+        yield f"center_cls_step{step}", diary.steps[step]["center"], case.arrays[f"center_cls_step{step}"], tensors
+        yield f"center_patch_step{step}", diary.steps[step]["center2"], case.arrays[f"center_patch_step{step}"], tensors
+        if f"cls_attention_step{step}" in case.arrays:
+            expected = case.arrays[f"cls_attention_step{step}"]
+            yield f"cls_attention_step{step}", step_masks["attention"], expected, tensors
+        for name, norm in case.entry["outputs"]["grad_norms_before_clip"][step].items():
+            label = f"grad_norms_before_clip {step} {name}"
+            yield label, diary.steps[step]["grad_norms"].get(name, 0.0), norm, tensors
+    for side, sums in case.entry["outputs"]["final_sum_and_l2"].items():
+        actual = getattr(method, side).state_dict()
+        for name, (total, norm) in sums.items():
+            found = [actual[name].sum(), actual[name].norm()]
+            yield f"final_sum_and_l2 {side} {name}", torch.stack(found), [total, norm], tensors
+        for name, value in case.state(f"final_{side}").items():
+            yield f"final_{side}/{name}", actual[name], value, tensors
+    for epoch, expected in enumerate(case.entry["outputs"]["epoch_stats"]):
+        for name, value in expected.items():
+            tolerance = (0, 1e-6) if name == "acc" else case.tolerance  # the original averages it in single precision
+            yield f"epoch_stats {epoch} {name}", stats[epoch][name], value, tolerance
+
+
+def attmask_method(model: dict, p: dict, injected: bool) -> AttMask:
+    backbones = tuple(build_vit(model, masked_im_modeling=masked) for masked in (True, False))
+    names = ("out_dim", "patch_out_dim", "act", "nlayers")
+    head = {name: model[name] for name in names}
+    head |= {"hidden_dim": model["hidden"], "bottleneck_dim": model["bottleneck"]}
+    shared = model["shared_head"], model["shared_head_teacher"]
+    return AttMask(
+        *masked_networks(backbones, head, shared, model["norm_last_layer"]),
+        **masked_settings(p),
+        teacher_views=p["ng"],
+        pred_shape="block" if injected else p["pred_shape"],  # masks from the loader are taken as they are
+        ratio=MaskRatio([p["pred_ratio"]], [p["pred_ratio_var"]]),
+        masking_prob=p["masking_prob"],
+        show_max=p["show_max"],
+    )
+
+
+def watch_masks(case: Case, method: AttMask, shown: list[dict[str, torch.Tensor]]) -> None:
+    """Keep every step's attention and masks; where the case brings the draws of the gate, they are used."""
+    choose, uniforms = method.choose_masks, method.uniforms
+
+    def watching(batch, clock, attention):
+        masks, masked = choose(batch, clock, attention)
+        shown.append({"masks": masks.flatten(1), "attention": attention})
+        return masks, masked
+
+    def given(clock, purpose, batch, count):
+        name = f"u_step{clock.iteration}"
+        gate = name in case.arrays and count == 1
+        return case.arrays[name][:, None] if gate else uniforms(clock, purpose, batch, count)
+
+    method.choose_masks, method.uniforms = watching, given
+
+
+def attmask_pieces(case: Case, hyper: dict) -> Iterator[dict]:
+    crops = Case(case.folder, case.method, {**case.entry, "file": ["crops.npz"]}).arrays
+    side = case.params["model"]["img"] // case.params["model"]["patch"]
+    for step in range(hyper["epochs"] * hyper["iters_per_epoch"]):
+        views = [torch.from_numpy(value).to(case.dtype) for name, value in crops.items() if f"step{step}_crop" in name]
+        masks = case.tensor(f"mask_step{step}").unflatten(1, (side, side)).chunk(hyper["ng"])
+        yield with_masks({"crops": views}, masks) | {"indices": torch.zeros(0), "bad": [], "first_sample": 0}
+
+
+RUNNERS = {
+    "dino/trajectory_*": dino_trajectory,
+    "ibot/trajectory_*": ibot_trajectory,
+    "attmask/traj_*": attmask_trajectory,
+}
