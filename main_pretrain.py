@@ -38,7 +38,7 @@ from training.online_knn import OnlineKNN
 from training.optim import build_optimizer, optimizer_step, set_schedules
 from training.options import check_options, compare_with_presets, parse_options
 from training.precision import autocast, batch_dtype
-from training.preview import attention_pictures, crops_grid
+from training.preview import attention_pictures, first_batch
 from utils import (
     RunStopped,
     World,
@@ -189,11 +189,12 @@ def show_first(run: Run, pieces: Iterator[dict], epoch: int, step: int) -> Itera
     """The same pieces; the first ones of some epochs also become pictures in TensorBoard."""
     for number, piece in enumerate(pieces):
         if number == 0 and run.monitor.writer is not None and (epoch % max(1, run.args.knn_every) == 0):
-            iteration = epoch * run.niter + step
-            run.monitor.add_image("crops", crops_grid(piece["crops"]), iteration)
+            clock = run.clock(epoch, step, piece["first_sample"])
+            with autocast(run.args.precision, run.world.device):
+                run.monitor.add_image("crops", first_batch(run.method, piece, clock), clock.iteration)
             pictures = attention_pictures(run.method.evaluation_backbone(), piece["crops"][0][:4])
             if pictures is not None:
-                run.monitor.add_image("attention", pictures, iteration)
+                run.monitor.add_image("attention", pictures, clock.iteration)
         yield piece
 
 

@@ -1,6 +1,7 @@
 """One training step: this repository's against the plain formulation, and fp32 against bf16. Time and peak memory.
 
     python benchmarks/bench_step.py                          ViT-S/16, 65536 prototypes, 2 x 224 + 8 x 96, batch 4
+    python benchmarks/bench_step.py --method ibot            ViT-S/16, 8192 prototypes, 2 x 224 + 10 x 96, batch 4
     python benchmarks/bench_step.py --batch 64 --device cuda
 
 Both sides run alternately in one process under the same settings of the allocator, and must give the same loss.
@@ -20,18 +21,28 @@ import sys
 import time
 from pathlib import Path
 
+import heads
 import plain
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.loader import to_device_ahead
 from methods import METHODS
 from methods.base import Clock, Method
+from methods.masked_distillation import MaskedDistillation
+from methods.masking import MaskedViews
 from training.optim import build_optimizer, optimizer_step, set_schedules
 from training.options import get_args_parser
 from training.precision import autocast, has_bf16
 from utils import Parser, UsageError, keep_large_blocks, run_cli
 
 CLIP = 3.0
+SETTINGS = {  # what the published recipes have and the defaults have not
+    "dino": "--out_dim 65536 --local_crops_number 8",
+    "ibot": "--out_dim 8192 --local_crops_number 10 --shared_head true --pred_ratio 0 0.3 --pred_ratio_var 0 0.2",
+    "attmask": "--out_dim 8192 --local_crops_number 10 --shared_head true --pred_ratio 0.3 --pred_ratio_var 0.2",
+}
+MEASURED = ("method", "arch", "patch_size", "batch", "local_crops_number", "out_dim", "drop_path_rate", "device")
 SHARES = ("forward", "backward", "clip", "optimiser", "EMA and centre")
 
 
@@ -41,25 +52,41 @@ def get_bench_parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--patch_size", default=16, type=int)
     parser.add_argument("--batch", default=4, type=int, help="images per step")
-    parser.add_argument("--local_crops_number", default=8, type=int)
-    parser.add_argument("--out_dim", default=65536, type=int)
+    parser.add_argument("--local_crops_number", type=int, help="left out: as in the method's recipe")
+    parser.add_argument("--out_dim", type=int, help="left out: as in the method's recipe")
     parser.add_argument("--drop_path_rate", default=0.1, type=float)
     parser.add_argument("--steps", default=5, type=int, help="timed steps per side, after one that is not")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--default_malloc", action="store_true", help="leave the C allocator as it is")
     parser.add_argument("--side", choices=["plain", "fast"], help=argparse.SUPPRESS)
+    parser.add_argument("--part", default="step", choices=["step", "heads"], help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
     return parser
 
 
-def build(args: argparse.Namespace) -> tuple[Method, list[torch.Tensor]]:
-    options = get_args_parser(METHODS[args.method]).parse_args([])
+def build(args: argparse.Namespace) -> tuple[Method, dict]:
+    """The method and a batch for it: random crops, and masks if it wants them from the loader."""
+    options = get_args_parser(METHODS[args.method]).parse_args(SETTINGS[args.method].split())
     for name in ("arch", "patch_size", "local_crops_number", "out_dim", "drop_path_rate"):
-        setattr(options, name, getattr(args, name))
+        given = getattr(args, name)
+        setattr(options if given is not None else args, name, getattr(options, name) if given is None else given)
     torch.manual_seed(0)
     method = METHODS[args.method].build(options).to(args.device)
     sizes = [224] * 2 + [96] * args.local_crops_number
-    return method, [torch.randn(args.batch, 3, size, size, device=args.device) for size in sizes]
+    batch = {"crops": [torch.randn(args.batch, 3, size, size, device=args.device) for size in sizes]}
+    views = METHODS[args.method].views(options)
+    if isinstance(views, MaskedViews):
+        views.views = NoCrops()
+        masks = MaskedViews.collate([views(None, (0, 0, index)) for index in range(args.batch)])
+        batch |= next(iter(to_device_ahead([masks], torch.device(args.device))))
+    return method, batch
+
+
+class NoCrops:
+    """Takes the place of the crops, so that an image is not needed to draw its masks."""
+
+    def __call__(self, image, key) -> dict:
+        return {}
 
 
 class Side:
@@ -71,16 +98,16 @@ class Side:
         self.optimizer = plain.plain_optimizer(groups) if name == "plain" else build_optimizer("adamw", groups)
         self.times: list[list[float]] = []
 
-    def step(self, crops: list[torch.Tensor], iteration: int) -> float:
-        clock = Clock(epoch=9, iteration=iteration, lr=1e-4, weight_decay=0.04, momentum=0.996)
+    def step(self, batch: dict, iteration: int) -> float:
+        clock = clock_of(iteration)
         marks = [self._now()]
         set_schedules(self.optimizer, clock)
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.precision, self.device):
             if self.name == "plain":
-                loss = plain.FORWARD[self.method.name](self.method, crops, clock)
+                loss = plain.FORWARD[self.method.name](self.method, batch, clock)
             else:
-                loss = self.method({"crops": crops}, clock)["loss"]
+                loss = self.method(batch, clock)["loss"]
         marks.append(self._now())
         loss.backward()
         marks.append(self._now())
@@ -125,18 +152,22 @@ def product_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> fl
     return repeats * 2 * 1576 * 384 * 1536 / (time.perf_counter() - began)
 
 
-def necessary_flops(method: Method, crops: list[torch.Tensor]) -> float:
+def clock_of(iteration: int) -> Clock:
+    return Clock(epoch=9, iteration=iteration, lr=1e-4, weight_decay=0.04, momentum=0.996)
+
+
+def necessary_flops(method: Method, batch: dict) -> float:
     """Two per multiply-add of one step, nothing dropped."""
     method = copy.deepcopy(method)
     for module in method.modules():
         if hasattr(module, "drop_path"):
             module.drop_path = 0.0
     with FlopCounterMode(display=False) as counter:
-        method({"crops": crops}, Clock(epoch=9, iteration=0))["loss"].backward()
+        method(batch, Clock(epoch=9, iteration=0))["loss"].backward()
     return float(counter.get_total_flops())
 
 
-def compare(args: argparse.Namespace, precision: str, method: Method, crops: list[torch.Tensor]) -> tuple[Side, list]:
+def compare(args: argparse.Namespace, precision: str, method: Method, batch: dict) -> tuple[list[Side], list]:
     device = torch.device(args.device)
     sides = [Side(name, copy.deepcopy(method), precision, device) for name in ("plain", "fast")]
     rates = []
@@ -144,37 +175,64 @@ def compare(args: argparse.Namespace, precision: str, method: Method, crops: lis
         losses = []
         for side in sides:
             rates.append(product_rate(device))
-            losses.append(side.step(crops, iteration))
+            losses.append(side.step(batch, iteration))
         tolerance = 1e-4 if precision == "fp32" else 2e-2
         if abs(losses[0] - losses[1]) > tolerance * abs(losses[0]):
             raise UsageError(f"the two formulations disagree in step {iteration}: {losses[0]} and {losses[1]}")
     return sides, rates
 
 
-def peak_memory(args: argparse.Namespace, side: str, precision: str) -> float:
-    """Megabytes at the peak of two steps of one side in a process of its own."""
-    command = [sys.executable, __file__, "--side", side, "--precision", precision]
-    for name in ("method", "arch", "patch_size", "batch", "local_crops_number", "out_dim", "drop_path_rate", "device"):
+def peak_memory(args: argparse.Namespace, side: str, precision: str, part: str = "step") -> float:
+    """Megabytes at the peak of two steps of one side in a process of its own; of heads and loss, what they add."""
+    command = [sys.executable, __file__, "--side", side, "--precision", precision, "--part", part]
+    for name in MEASURED:
         command += [f"--{name}", str(getattr(args, name))]
     command += ["--default_malloc"] if args.default_malloc else []
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def peak_resident_bytes() -> float:
-    """Of this process alone; ``getrusage`` would report the parent's peak after a fork."""
+def resident_bytes(field: str) -> float:
+    """Now (VmRSS) or at the peak (VmHWM), of this process alone; ``getrusage`` reports the parent's after a fork."""
     status = Path("/proc/self/status").read_text()
-    return float(status.split("VmHWM:")[1].split()[0]) * 1024
+    return float(status.split(f"{field}:")[1].split()[0]) * 1024
 
 
 def measure_memory(args: argparse.Namespace) -> int:
-    method, crops = build(args)
-    side = Side(args.side, method, args.precision, torch.device(args.device))
-    for iteration in range(2):
-        side.step(crops, iteration)
-    cuda = args.device.startswith("cuda")
-    peak = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
-    print(json.dumps(peak / 2**20))
+    method, batch = build(args)
+    cuda, before = args.device.startswith("cuda"), 0.0
+    if args.part == "heads":
+        tokens = heads.random_tokens(method, batch, clock_of(0))
+        before = torch.cuda.memory_allocated() if cuda else resident_bytes("VmRSS")
+        heads.run(args.side, method, tokens, clock_of(0))
+    else:
+        side = Side(args.side, method, args.precision, torch.device(args.device))
+        for iteration in range(2):
+            side.step(batch, iteration)
+    peak = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
+    print(json.dumps((peak - before) / 2**20))
     return 0
+
+
+def compare_heads(args: argparse.Namespace, method: Method, batch: dict) -> None:
+    """Heads and loss alone, forward and backward in fp32: seconds, and memory beyond what was there before."""
+    tokens = heads.random_tokens(method, batch, clock_of(0))
+    sides = {name: copy.deepcopy(method) for name in heads.PARTS}
+    seconds = {name: [] for name in sides}
+    for repeat in range(args.steps + 1):
+        losses = []
+        for name, side in sides.items():
+            began = time.perf_counter()
+            losses.append(heads.run(name, side, tokens, clock_of(repeat)))
+            seconds[name].append(time.perf_counter() - began)
+            side.load_state_dict(method.state_dict())  # the centres of one side move in the part that is measured
+        if abs(losses[0] - losses[1]) > 1e-4 * abs(losses[0]):
+            raise UsageError(f"heads and loss disagree: {losses[0]} and {losses[1]}")
+    slow, fast = (statistics.median(values[1:]) for values in seconds.values())
+    memory = [peak_memory(args, side, "fp32", "heads") for side in ("plain", "fast")]
+    print(
+        f"heads  {slow * 1e3:9.0f} {fast * 1e3:9.0f} {slow / fast:6.2f} {memory[0]:9.0f} {memory[1]:8.0f}   "
+        f"with loss, fp32, forward and backward; {len(tokens['masked'])} hidden patches; memory they add"
+    )
 
 
 def main() -> int:
@@ -187,7 +245,7 @@ def main() -> int:
     if args.side:
         return measure_memory(args)
 
-    method, crops = build(args)
+    method, batch = build(args)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     print(
         f"{args.method}, {args.arch}/{args.patch_size}, out_dim {args.out_dim}, batch {args.batch}, "
@@ -197,7 +255,7 @@ def main() -> int:
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"allocator {'as it is' if args.default_malloc else 'keeping large blocks'}"
     )
-    flops = necessary_flops(method, crops)
+    flops = necessary_flops(method, batch)
     print(f"{flops / 1e9:.0f} GFLOP per step\n")
     print(
         f"{'':6s} {'plain ms':>9s} {'fast ms':>9s} {'ratio':>6s} {'plain MB':>9s} {'fast MB':>8s} {'floor ms':>9s} "
@@ -205,7 +263,7 @@ def main() -> int:
     )
     fast_seconds = {}
     for precision in ("fp32", "bf16"):
-        sides, rates = compare(args, precision, method, crops)
+        sides, rates = compare(args, precision, method, batch)
         slow, fast = (side.seconds() for side in sides)
         fast_seconds[precision] = fast
         memory = [peak_memory(args, side, precision) for side in ("plain", "fast")]
@@ -223,6 +281,8 @@ def main() -> int:
             + f" ms; steps {min(steps) * 1e3:.0f}-{max(steps) * 1e3:.0f}; "
             f"products at {min(rates) / 1e9:.0f}-{max(rates) / 1e9:.0f} GFLOP/s"
         )
+    if isinstance(method, MaskedDistillation):
+        compare_heads(args, method, batch)
     native = "" if has_bf16(device) else " (emulated: this hardware has no bf16)"
     print(f"\nbf16 is {fast_seconds['fp32'] / fast_seconds['bf16']:.2f}x as fast as fp32{native}")
     return 0

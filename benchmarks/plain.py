@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from methods.base import Clock
+from methods.base import Clock, Method
 from methods.dino import DINO
+from methods.masked_distillation import MaskedDistillation
 from models.blocks import Block
 from models.vit import VisionTransformer
-from training.optim import set_schedules
 
 
 def attention(block: Block, x: torch.Tensor) -> torch.Tensor:
@@ -27,9 +27,9 @@ def attention(block: Block, x: torch.Tensor) -> torch.Tensor:
     return block.attn.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, dim))
 
 
-def vit(network: VisionTransformer, images: torch.Tensor, draws) -> torch.Tensor:
-    """Class token (batch, dim); ``draws`` (depth, 2, batch) or None."""
-    x = network.prepare_tokens(images)
+def vit(network: VisionTransformer, images: torch.Tensor, draws, masks: torch.Tensor | None = None) -> torch.Tensor:
+    """Normalised tokens (batch, tokens, dim); ``draws`` (depth, 2, batch) or None."""
+    x = network.prepare_tokens(images, masks)
     for index, block in enumerate(network.blocks):
         for branch in (0, 1):
             y = attention(block, block.norm1(x)) if branch == 0 else block.mlp(block.norm2(x))
@@ -37,11 +37,11 @@ def vit(network: VisionTransformer, images: torch.Tensor, draws) -> torch.Tensor
                 kept = torch.from_numpy(draws[index, branch] >= block.drop_path).to(y.device)[:, None, None]
                 y = y / (1 - block.drop_path) * kept
             x = x + y
-    return network.norm(x)[:, 0]
+    return network.norm(x)
 
 
-def backbone(network: VisionTransformer, crops: list[torch.Tensor], draws) -> torch.Tensor:
-    """(crops * batch, dim), one pass for every size."""
+def backbone(network: VisionTransformer, crops: list[torch.Tensor], draws, masks=None) -> list[torch.Tensor]:
+    """Tokens (crops * batch, tokens, dim) of every size of crops; ``masks`` are those of the first size."""
     outputs, first = [], 0
     sizes = [crop.shape[-1] for crop in crops]
     while first < len(crops):
@@ -50,20 +50,27 @@ def backbone(network: VisionTransformer, crops: list[torch.Tensor], draws) -> to
             last += 1
         batch = crops[0].shape[0]
         part = None if draws is None else draws[..., first * batch : last * batch]
-        outputs.append(vit(network, torch.cat(crops[first:last]), part))
+        outputs.append(vit(network, torch.cat(crops[first:last]), part, None if first else masks))
         first = last
-    return torch.cat(outputs)
+    return outputs
+
+
+def class_tokens(network: VisionTransformer, crops: list[torch.Tensor], draws) -> torch.Tensor:
+    """(crops * batch, dim)."""
+    return torch.cat([tokens[:, 0] for tokens in backbone(network, crops, draws)])
 
 
 def head(module, x: torch.Tensor) -> torch.Tensor:
-    z = F.normalize(module.mlp(x), dim=-1)
-    v = module.last_layer.weight_v
-    return F.linear(z, module.last_layer.weight_g * v / v.norm(dim=1, keepdim=True))
+    return prototypes(module.last_layer, F.normalize(module.mlp(x), dim=-1))
+
+
+def prototypes(layer, z: torch.Tensor) -> torch.Tensor:
+    return F.linear(z, layer.weight_g * layer.weight_v / layer.weight_v.norm(dim=1, keepdim=True))
 
 
 def dino_loss(
     student: torch.Tensor, teacher: torch.Tensor, centre: torch.Tensor, temps: tuple[float, float], views: int
-):
+) -> torch.Tensor:
     student_views = (student.float() / temps[0]).chunk(views)
     teacher_views = F.softmax((teacher.float() - centre) / temps[1], dim=-1).chunk(2)
     total, terms = 0.0, 0
@@ -75,20 +82,59 @@ def dino_loss(
     return total / terms
 
 
-def dino_forward(method: DINO, crops: list[torch.Tensor], clock: Clock) -> torch.Tensor:
-    depth = len(method.student.backbone.blocks)
-    draws = clock.drop_path_draws(depth, len(crops), crops[0].shape[0])
+def dino_forward(method: DINO, batch: dict, clock: Clock) -> torch.Tensor:
+    crops = batch["crops"]
+    draws = clock.drop_path_draws(method.student.backbone.depth, len(crops), crops[0].shape[0])
     with torch.no_grad():
-        teacher = head(method.teacher.head, backbone(method.teacher.backbone, crops[:2], None))
-    student = head(method.student.head, backbone(method.student.backbone, crops, draws))
+        teacher = head(method.teacher.head, class_tokens(method.teacher.backbone, crops[:2], None))
+    student = head(method.student.head, class_tokens(method.student.backbone, crops, draws))
     temps = (method.student_temp, method.teacher_temps[clock.epoch])
     loss = dino_loss(student, teacher, method.centre.center, temps, len(crops))
-    mean = teacher.float().mean(dim=0, keepdim=True)
-    method.centre.center.mul_(method.centre.momentum).add_(mean * (1 - method.centre.momentum))
+    move(method.centre.center, teacher.float(), method.centre.momentum)
     return loss
 
 
-def update(method: DINO, optimizer: torch.optim.Optimizer, clip: float, clock: Clock) -> None:
+def move(centre: torch.Tensor, logits: torch.Tensor, momentum: float) -> None:
+    centre.mul_(momentum).add_(logits.mean(dim=0, keepdim=True) * (1 - momentum))
+
+
+def masked_forward(method: MaskedDistillation, batch: dict, clock: Clock) -> torch.Tensor:
+    crops, views = batch["crops"], method.teacher_views
+    draws = clock.drop_path_draws(method.student.backbone.depth, len(crops), crops[0].shape[0])
+    with torch.no_grad():
+        (teacher,) = backbone(method.teacher.backbone, crops[:views], None)
+        looked = method.teacher.backbone.get_last_selfattention(torch.cat(crops[:views]))[:, :, 0, 1:].mean(dim=1)
+        masks, _ = method.choose_masks(batch, clock, looked if method.name == "attmask" else None)
+    student = backbone(method.student.backbone, crops, draws, masks)
+    return masked_heads_and_loss(method, teacher, student, masks.flatten(1), clock)
+
+
+def masked_heads_and_loss(
+    method: MaskedDistillation, teacher: torch.Tensor, student: list[torch.Tensor], masks: torch.Tensor, clock: Clock
+) -> torch.Tensor:
+    """Heads on every token, local crops too; one log-softmax over all patches and for every pair of class tokens."""
+
+    def both(module, tokens):
+        z = F.normalize(module.mlp(tokens), dim=-1)
+        return prototypes(module.last_layer, z[:, 0]), prototypes(module.last_layer2, z[:, 1:])
+
+    views, centres = method.teacher_views, method.centres
+    with torch.no_grad():
+        teacher_cls, teacher_patch = both(method.teacher.head, teacher)
+    outputs = [both(method.student.head, tokens) for tokens in student]
+    cls = torch.cat([classes for classes, _ in outputs])
+    temps = (method.student_temp, method.teacher_temps[clock.epoch])
+    loss = dino_loss(cls, teacher_cls, centres.center, temps, len(cls) // (len(teacher_cls) // views))
+    targets = F.softmax((teacher_patch.float() - centres.center2) / method.teacher_patch_temps[clock.epoch], dim=-1)
+    log_probs = F.log_softmax(outputs[0][1].float() / method.student_temp, dim=-1)
+    per_patch = torch.sum(-targets * log_probs, dim=-1)
+    patch = ((per_patch * masks).sum(dim=-1) / masks.sum(dim=-1).clamp(min=1)).mean()
+    move(centres.center, teacher_cls.float(), centres.momentum)
+    move(centres.center2, teacher_patch.float().mean(dim=1, keepdim=True), centres.momentum)
+    return method.lambda1 * loss + method.lambda2 * patch
+
+
+def update(method: Method, optimizer: torch.optim.Optimizer, clip: float, clock: Clock) -> None:
     """Clipping, freezing, optimiser, EMA."""
     for parameter in method.student.parameters():
         if parameter.grad is not None and clip:
@@ -98,14 +144,13 @@ def update(method: DINO, optimizer: torch.optim.Optimizer, clip: float, clock: C
     method.after_backward(clock)
     optimizer.step()
     with torch.no_grad():
-        for teacher, student in zip(method.teacher.parameters(), method.student.parameters(), strict=True):
-            teacher.mul_(clock.momentum).add_((1 - clock.momentum) * student)
+        students = dict(method.student.named_parameters())
+        for name, teacher in method.teacher.named_parameters():
+            teacher.mul_(clock.momentum).add_((1 - clock.momentum) * students[name])
 
 
 def plain_optimizer(groups: list[dict]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.0, foreach=False, fused=False)
 
 
-FORWARD: dict[str, Callable] = {"dino": dino_forward}
-
-__all__ = ["FORWARD", "plain_optimizer", "set_schedules", "update"]
+FORWARD: dict[str, Callable] = {"dino": dino_forward, "ibot": masked_forward, "attmask": masked_forward}

@@ -187,12 +187,18 @@ class MaskedDistillation(Method):
         masks, masked = self.choose_masks(batch, clock, attention)
         probs, patch_probs = self.teacher_targets(tokens, masked, clock)
         z, z_patches = self.student_vectors(crops, masks, masked, clock)
+        self._seen["hidden"] = masks.float().mean()
+        return self.losses(z, z_patches, probs, patch_probs, masks.flatten(1), masked)
 
+    def losses(self, z, z_patches, probs, patch_probs, masks, masked) -> dict[str, torch.Tensor]:
+        """What the student's bottleneck vectors lose against the teacher's distributions (``cross_view_loss`` and
+        ``masked_patch_loss`` give the shapes).
+        """
         head = self.student.head
         weight, patch_weight = head.last_layer.weight(), head.last_layer2.weight()
         cls = cross_view_loss(z, weight, probs, self.student_temp)
-        patch = masked_patch_loss(z_patches, patch_weight, patch_probs, masks.flatten(1), masked, self.student_temp)
-        self._seen.update(loss=cls.detach(), hidden=masks.float().mean())
+        patch = masked_patch_loss(z_patches, patch_weight, patch_probs, masks, masked, self.student_temp)
+        self._seen["loss"] = cls.detach()
         return {
             "loss": self.lambda1 * cls + self.lambda2 * patch,
             "cls": self.lambda1 * cls,

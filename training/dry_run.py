@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from data.datasets import BadImage
+from data.loader import TrainLoader, to_device_ahead
 from randomness import Permutation
-from training.precision import autocast
-from training.preview import crops_grid
-from utils import log, make_folder
+from training.precision import autocast, batch_dtype
+from training.preview import first_batch
+from utils import World, log, make_folder
 from visualize_attention import save_picture
 
 SCANNED = 64
@@ -20,7 +21,7 @@ def dry_run(run, pieces) -> None:
     """Print parameter counts, predicted memory and a scan of the data; write the first batch as a picture."""
     piece = next(pieces)
     describe_parameters(run)
-    describe_memory(run, piece)
+    describe_memory(run)
     scan_images(run.source)
     sizes = Counter(crop.shape[-1] for crop in piece["crops"])
     crops = " + ".join(f"{count} x {size}" for size, count in sizes.items())
@@ -28,7 +29,8 @@ def dry_run(run, pieces) -> None:
     log.info("first batch: %d images, crops of %s pixels; picture: %s", len(piece["crops"][0]), crops, picture)
     if run.world.rank == 0:
         make_folder(picture.parent)
-        save_picture(crops_grid(piece["crops"]), picture)
+        with autocast(run.args.precision, run.world.device):
+            save_picture(first_batch(run.method, piece, run.clock(0, 0, piece["first_sample"])), picture)
 
 
 def describe_parameters(run) -> None:
@@ -39,26 +41,33 @@ def describe_parameters(run) -> None:
             log.info("parameters of the %s: %.2f M, %.2f M trained", key, total / 1e6, trained / 1e6)
 
 
-def describe_memory(run, piece: dict) -> None:
+def describe_memory(run) -> None:
     """Weights, gradients and moments are counted; activations are measured on two images and scaled."""
     weights = sum(t.numel() * t.element_size() for t in (*run.method.parameters(), *run.method.buffers()))
     trained = sum(p.numel() * p.element_size() for p in run.method.parameters() if p.requires_grad)
     moments = {"adamw": 2}.get(run.args.optimizer, 1) * trained
-    per_image = saved_bytes(run, piece, images=2) / 2
     images = run.args.batch_size_per_gpu // run.args.accum_iter
+    measured = min(2, images)
+    per_image = saved_bytes(run, measured) / measured
     parts = {"weights": weights, "gradients": trained, "optimiser": moments, "activations": per_image * images}
     shown = ", ".join(f"{name} {value / 2**20:.0f}" for name, value in parts.items())
     log.info("predicted memory per process: about %.0f MB (%s)", sum(parts.values()) / 2**20, shown)
     log.info("activations: %.1f MB per image, %d images at a time", per_image / 2**20, images)
 
 
-def saved_bytes(run, piece: dict, images: int) -> int:
+def saved_bytes(run, images: int) -> int:
     """Bytes that the backward pass of ``images`` images keeps alive, parameters not counted."""
-    small = {
-        name: [crop[:images] for crop in value] if isinstance(value, list) and torch.is_tensor(value[0]) else value
-        for name, value in piece.items()
-        if name != "bad"
-    }
+    args, alone = run.args, World(0, 1, 0, run.world.device)
+    loader = TrainLoader(
+        run.source,
+        type(run.method).views(args),
+        batch_size=images,
+        world=alone,
+        seed=args.seed,
+        epochs=1,
+        num_workers=0,
+    )
+    (small,) = to_device_ahead([loader.piece(0, 0)], alone.device, batch_dtype(args.precision))
     parameters = {p.untyped_storage().data_ptr() for p in run.method.parameters()}
     seen: dict[int, int] = {}
 

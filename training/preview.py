@@ -1,15 +1,36 @@
 """Pictures of what a network is shown and what it looks at."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from data.preprocess import to_pixels
+from methods.base import Clock, Method
 from visualize_attention import attention_maps, attention_sheet
 
+HIDDEN = np.array([214, 39, 140])  # over what the student does not see
+OPACITY = 0.75
 
-def crops_grid(crops: list[torch.Tensor], images: int = 8, gap: int = 4) -> np.ndarray:
-    """Normalised crops of (batch, 3, height, width) -> uint8 (height, width, 3); a row per image, a column per crop."""
+
+def first_batch(method: Method, batch: dict, clock: Clock) -> np.ndarray:
+    """The crops of a batch, and what is hidden of them, as one picture: uint8 (height, width, 3)."""
+    masks = method.masks(batch, clock)
+    return crops_grid(batch["crops"], () if masks is None else masks.cpu().numpy())
+
+
+def crops_grid(
+    crops: list[torch.Tensor], masks: Sequence[np.ndarray] = (), images: int = 8, gap: int = 4
+) -> np.ndarray:
+    """Normalised crops of (batch, 3, height, width) -> uint8 (height, width, 3); a row per image, a column per crop.
+
+    ``masks``: (batch, rows, columns) bool for each of the first crops.
+    """
     columns = [to_pixels(crop[:images]) for crop in crops]
+    for column, mask in zip(columns, masks, strict=False):
+        cell = column.shape[1] // mask.shape[1]
+        hidden = mask[:images].repeat(cell, axis=1).repeat(cell, axis=2)
+        column[hidden] = (OPACITY * HIDDEN + (1 - OPACITY) * column[hidden]).astype(np.uint8)
     rows, cell = columns[0].shape[0], max(column.shape[1] for column in columns)
     sheet = np.full((rows * (cell + gap) + gap, sum(c.shape[2] + gap for c in columns) + gap, 3), 255, np.uint8)
     left = gap
