@@ -135,13 +135,7 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        attn_drop: Selection | torch.Tensor | None = None,
-        mlp_drop: Selection | torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, attn_drop=None, mlp_drop=None) -> torch.Tensor:
         """(batch, side, side, dim) -> the same shape; the last two arguments are made by ``drops``."""
         x = self._add(x, attn_drop, lambda rows: self.attn(self.norm1(rows), mask))
         return self._add(x, mlp_drop, lambda rows: self.mlp(self.norm2(rows)))
