@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from data.datasets import Source, open_source
 from features import labels_of
-from models import ALIASES, build_backbone, is_vision_transformer
+from models import ALIASES, build_backbone, is_swin, is_vision_transformer
 from models.checkpoints import Network, network_from_file
 from utils import UsageError, check_writable, log, make_folder, save_atomically
 
@@ -20,7 +20,8 @@ def add_network_arguments(parser: argparse._ActionsContainer) -> None:
     add("--pretrained_weights", default="", help="checkpoint of any known layout; left out: random weights")
     add("--checkpoint_key", default="teacher", help="which of a training checkpoint's networks to evaluate")
     add("--arch", default=None, help="architecture; left out: the checkpoint's own, else vit_small")
-    add("--patch_size", default=None, type=int, help="left out: the checkpoint's own, else 16")
+    add("--patch_size", default=None, type=int, help="left out: the checkpoint's own, else 16 (Swin: 4)")
+    add("--window_size", default=None, type=int, help="of a Swin; left out: the checkpoint's own, else 7")
 
 
 def add_data_arguments(parser: argparse._ActionsContainer) -> None:
@@ -43,7 +44,7 @@ def add_process_arguments(parser: argparse._ActionsContainer) -> None:
 
 def check_common_arguments(args: argparse.Namespace) -> None:
     """Raise UsageError for values that cannot work, before anything is read."""
-    for name in ("crop_size", "resize_size", "subset", "batch_size_per_gpu", "patch_size"):
+    for name in ("crop_size", "resize_size", "subset", "batch_size_per_gpu", "patch_size", "window_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: must be at least 1")
@@ -90,16 +91,23 @@ def common_labels(train: Source, test: Source) -> tuple[torch.Tensor, torch.Tens
 def network_from_options(args: argparse.Namespace) -> Network:
     """The network that ``add_network_arguments`` describes; says loudly when its weights are random (seed 0)."""
     if args.pretrained_weights:
-        network = network_from_file(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
+        network = network_from_file(
+            args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.window_size
+        )
         info = network.report.info
         log.info(f"{info.path}: {info.layout.name}, {network.arch}: {network.report}")
         for note in info.notes:
             log.info(f"{info.path}: {note}")
         return network
-    arch, patch_size = ALIASES.get(args.arch, args.arch) or "vit_small", args.patch_size or 16
-    if is_vision_transformer(arch) and 224 % patch_size:
-        raise UsageError(f"--patch_size {patch_size}: must divide 224, the size at which positions are laid out")
-    arguments = {"patch_size": patch_size} if is_vision_transformer(arch) else {}
+    arch, arguments = ALIASES.get(args.arch, args.arch) or "vit_small", {}
+    if is_vision_transformer(arch):
+        arguments = {"patch_size": args.patch_size or 16}
+        if 224 % arguments["patch_size"]:
+            raise UsageError(
+                f"--patch_size {args.patch_size}: must divide 224, the size at which positions are laid out"
+            )
+    if is_swin(arch):
+        arguments = {"patch_size": args.patch_size or 4, "window_size": args.window_size or 7}
     log.warning(
         f"NO --pretrained_weights: {arch} WITH RANDOM WEIGHTS IS EVALUATED; its numbers say nothing of training"
     )

@@ -1,4 +1,4 @@
-"""The contract every method keeps, and the two things most of them share: an EMA teacher and clipping per tensor.
+"""The contract every method keeps, and what most of them share: clipping per tensor, an EMA teacher, one backbone.
 
 A method is one module that owns its student, its teachers and its state. The training loop calls, in this order:
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from models import is_swin
 from randomness import counted_uniforms
 
 
@@ -149,3 +150,8 @@ def ema_update_(
         moves = torch._foreach_sub(student, teacher)
         torch._foreach_mul_(moves, (1.0 - momentum) * gate)
         torch._foreach_add_(teacher, moves)
+
+
+def backbone_arguments(args: argparse.Namespace) -> dict:
+    """What ``build_backbone`` has to be told, besides the architecture, for student and teacher alike."""
+    return {"patch_size": args.patch_size} | ({"window_size": args.window_size} if is_swin(args.arch) else {})

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
-from methods.base import Clock, Method
+from methods.base import Clock, Method, backbone_arguments
 from methods.centring import Centres
 from methods.distillation import cross_view_loss, teacher_probabilities
 from methods.heads import DINOHead
@@ -53,8 +53,8 @@ class DINO(Method):
 
     @classmethod
     def build(cls, args: argparse.Namespace) -> "DINO":
-        student = build_backbone(args.arch, args.patch_size, drop_path_rate=args.drop_path_rate)
-        teacher = build_backbone(args.arch, args.patch_size)
+        student = build_backbone(args.arch, drop_path_rate=args.drop_path_rate, **backbone_arguments(args))
+        teacher = build_backbone(args.arch, **backbone_arguments(args))
         head = {"out_dim": args.out_dim, "use_bn": args.use_bn_in_head}
         return cls(
             MultiCropNetwork(student, DINOHead(student.embed_dim, norm_last_layer=args.norm_last_layer, **head)),

@@ -18,14 +18,15 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from methods.base import Clock, Method
+from methods.base import Clock, Method, backbone_arguments
 from methods.centring import Centres
 from methods.distillation import cross_view_loss, masked_patch_loss, teacher_probabilities
 from methods.heads import ACTIVATIONS, NORMS, IBOTHead
 from methods.health import clustering_health
 from methods.multicrop import MultiCropNetwork, add_crop_arguments, check_crop_arguments
 from methods.teacher import Follower, add_teacher_arguments, check_teacher_arguments, rest_last_layer, start_teacher
-from models import build_backbone, is_vision_transformer
+from models import build_backbone, mask_unit
+from models.swin import DEFAULT_DROP_PATH
 from models.vit import group_by_size
 from utils import UsageError, bool_flag, log, warmup_scheduler
 
@@ -317,21 +318,31 @@ def patch_temperatures(first: float, final: float, warmup_epochs: int, epochs: i
 
 
 def build_backbones(args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
-    """Student and teacher; only the student can hide patches and drops paths."""
-    student = build_backbone(
-        args.arch,
-        args.patch_size,
-        drop_path_rate=args.drop_path_rate,
-        masked_im_modeling=args.use_masked_im_modeling,
-    )
-    return student, build_backbone(args.arch, args.patch_size)
+    """Student and teacher; only the student can hide patches and drops paths.
+
+    parity: a Swin drops with its architecture's own rate, whatever --drop_path says (iBOT main_ibot.py).
+    """
+    rate = DEFAULT_DROP_PATH.get(args.arch, args.drop_path_rate)
+    masking = {"masked_im_modeling": args.use_masked_im_modeling}
+    student = build_backbone(args.arch, drop_path_rate=rate, **masking, **backbone_arguments(args))
+    return student, build_backbone(args.arch, **backbone_arguments(args))
 
 
 def mask_grid(args: argparse.Namespace) -> tuple[int, int]:
-    """Rows and columns of a global crop's mask. Raises UsageError for a backbone without patches, or crops that do not
-    divide into cells.
+    """Rows and columns of a global crop's mask. Raises UsageError for a backbone without patches, and for crops that
+    are no whole number of a mask's cells.
     """
-    if not is_vision_transformer(args.arch):
-        raise UsageError(f"--arch {args.arch}: {args.method} predicts patches; pass a vision transformer (vit_*)")
-    side = args.global_crops_size // args.patch_size
-    return side, side
+    unit = mask_unit(args.arch, args.patch_size)
+    if unit is None:
+        raise UsageError(f"--arch {args.arch}: {args.method} predicts patches; pass a vit_* or swin_*")
+    if args.global_crops_size % unit:
+        near = args.global_crops_size - args.global_crops_size % unit
+        raise UsageError(
+            f"--global_crops_size {args.global_crops_size}: a mask of {args.arch} has cells of {unit} pixels; nearest "
+            f"{' or '.join(str(size) for size in (near, near + unit) if size)}"
+        )
+    if args.local_crops_number and args.local_crops_size < unit:
+        raise UsageError(
+            f"--local_crops_size {args.local_crops_size}: smaller than a mask's cell, {unit} pixels for {args.arch}"
+        )
+    return (args.global_crops_size // unit,) * 2

@@ -16,19 +16,20 @@ import torch.nn.functional as F
 Groups = Sequence[tuple[int, int]]  # one (samples, tokens per sample) for every image size, in packing order
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v for (batch, heads, tokens, d) tensors.
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v for (batch, heads, tokens, d) tensors.
 
     Half precision on a CPU uses the explicit product: the backward of the fused kernel is 2-6x slower there.
     """
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        return attention_weights(q, k) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        return attention_weights(q, k, bias) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
-def attention_weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) -> (batch, heads, queries, tokens)."""
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
+def attention_weights(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d) + bias) -> (batch, heads, queries, tokens)."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return (logits if bias is None else logits + bias).softmax(dim=-1)
 
 
 class Selection(NamedTuple):

@@ -4,7 +4,7 @@
     python -m models.checkpoints FILE --to OUT.pth       its backbone as a flat file that timm loads
 
 A file is opened without running any code in it (models/safe_load.py), its layout is looked up in models/layouts.py,
-and its tensors get the names of models/vit.py there. A backbone is loaded whole or not at all:
+and its tensors get the names of models/vit.py and models/swin.py there. A backbone is loaded whole or not at all:
 ``load_backbone`` refuses, with a table of what did not match, instead of leaving some weights random.
 """
 
@@ -17,16 +17,18 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from models import ALIASES, backbone_names, build_backbone, is_vision_transformer
+from models import ALIASES, backbone_names, build_backbone, is_swin, is_vision_transformer
 from models.layouts import (
     NAME_OF_SHAPE,
     NOT_NEEDED,
     Layout,
     State,
     advice,
+    arch_of,
     describe,
     recognise,
     recorded_arguments,
+    swin_arguments,
     to_timm,
     vit_arguments,
 )
@@ -122,7 +124,7 @@ class Report:
     """How the tensors of a file and those of a network compare; names are ours, shapes are tuples."""
 
     info: Info
-    total: int  # tensors of the network that a file must bring
+    total: int  # tensors of the network that a file must bring, and what it brought besides
     matched: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # in the network, not in the file
     unexpected: list[str] = field(default_factory=list)  # in the file, not in the network
@@ -172,6 +174,7 @@ def compare(target: State, state: State, info: Info) -> Report:
         else:
             report.unexpected.append(name)
     report.missing = [name for name in needed if name not in state]
+    report.total += sum(name not in needed for name in report.matched)
     report.untouched = [name for name in target if name not in needed and name not in report.matched]
     return report
 
@@ -227,23 +230,30 @@ class Network(NamedTuple):
 
 
 def network_from_file(
-    path: str | Path, checkpoint_key: str = "teacher", arch: str | None = None, patch_size: int | None = None
+    path: str | Path,
+    checkpoint_key: str = "teacher",
+    arch: str | None = None,
+    patch_size: int | None = None,
+    window_size: int | None = None,
 ) -> Network:
     """Build the architecture a file was written with, or the given one, and load its backbone into it."""
     state, info = read_backbone(path, checkpoint_key)
-    arch, arguments = choose_architecture(state, info, arch, patch_size)
+    arch, arguments = choose_architecture(state, info, arch, patch_size, window_size)
     model = build_backbone(arch, **arguments)
     return Network(model, arch, arguments, load_tensors(model, state, info))
 
 
-def choose_architecture(state: State, info: Info, arch: str | None, patch_size: int | None) -> tuple[str, dict]:
+def choose_architecture(
+    state: State, info: Info, arch: str | None, patch_size: int | None, window_size: int | None = None
+) -> tuple[str, dict]:
     """(name, arguments) for ``build_backbone``: as asked, else as the shapes say, else as the file records.
 
     Raises CheckpointError when none of these names a network.
     """
     shape, recorded = vit_arguments(state), info.arguments.get("arch")
-    if arch is None and shape and not str(recorded).startswith("timm/"):
-        arch = NAME_OF_SHAPE.get((shape["embed_dim"], shape["depth"]))
+    swin_shape = swin_arguments(state)
+    if arch is None and (shape or swin_shape) and not str(recorded).startswith("timm/"):
+        arch = arch_of(state)
     elif arch is None and isinstance(recorded, str):
         if recorded not in backbone_names() and not recorded.startswith("timm/"):
             raise CheckpointError(
@@ -252,6 +262,9 @@ def choose_architecture(state: State, info: Info, arch: str | None, patch_size: 
         arch = recorded
     if arch is None:
         raise CheckpointError(f"{info.path}: holds a {describe(state)}; nothing here has that shape: pass its --arch")
+    if is_swin(arch):
+        own = swin_shape or {"patch_size": 4, "window_size": 7}
+        return arch, {"patch_size": patch_size or own["patch_size"], "window_size": window_size or own["window_size"]}
     if not is_vision_transformer(arch):
         return arch, {}
     names = ("patch_size", "img_size", "init_values", "num_class_tokens", "num_registers")

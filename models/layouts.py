@@ -1,4 +1,4 @@
-"""Layouts of published checkpoints: how each is recognised, and how its names become those of models/vit.py.
+"""Layouts of published checkpoints: how each is recognised, and how its names become those of our networks.
 
 One table, ``LAYOUTS``; everything it refers to is a pure function of dict to dict. Opening files, loading networks and
 saying what matched is the business of models/checkpoints.py.
@@ -166,6 +166,7 @@ LAYOUTS = (
     Layout("UNIC encoder", "unic", lambda c: c.has("blocks.0.0."), CHUNKED),
     Layout("MAE with decoder", "mae", lambda c: c.has("decoder_blocks."), RENAMED),
     Layout("fine-tuned MAE", "mae", lambda c: "model" in c.file and c.has("fc_norm."), RENAMED),
+    Layout("supervised Swin", "swin", lambda c: "model" in c.file and c.has(*HIERARCHIES)),
     Layout("DeiT", "deit", lambda c: "model" in c.file and c.has("head.", "head_dist."), RENAMED),
     Layout("MAE", "mae", lambda c: "model" in c.file, RENAMED),
     Layout("CLIP", "clip", lambda c: c.has("visual.")),
@@ -221,11 +222,49 @@ def vit_arguments(state: State) -> dict | None:
     }
 
 
+SWIN_OF_SHAPE = {  # (width of the first stage, blocks of every stage); a test compares it with models/swin.py
+    (96, (2, 2, 6, 2)): "swin_tiny",
+    (96, (2, 2, 18, 2)): "swin_small",
+    (128, (2, 2, 18, 2)): "swin_base",
+    (192, (2, 2, 18, 2)): "swin_large",
+}
+
+
+def swin_arguments(state: State) -> dict | None:
+    """Arguments of ``SwinTransformer``, all but ``img_size``; None for other networks.
+
+    The window is the largest of all stages: in the last ones it is as small as the map was when the network was built.
+    """
+    table = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table")
+    tables = {tuple(map(int, m.groups())): tensor for name, tensor in state.items() if (m := table.fullmatch(name))}
+    try:
+        patch, hidden = state["patch_embed.proj.weight"], state["layers.0.blocks.0.mlp.fc1.weight"]
+        heads = tuple(tables[stage, 0].shape[1] for stage in range(1 + max(stage for stage, _ in tables)))
+    except (KeyError, ValueError):
+        return None
+    return {
+        "embed_dim": patch.shape[0],
+        "depths": tuple(sum(stage == s for s, _ in tables) for stage in range(len(heads))),
+        "num_heads": heads,
+        "patch_size": patch.shape[-1],
+        "mlp_ratio": hidden.shape[0] / hidden.shape[1],
+        "window_size": max(round(tensor.shape[0] ** 0.5 + 1) // 2 for tensor in tables.values()),
+    }
+
+
+def arch_of(state: State) -> str | None:
+    """The name of the architecture among ours, from the shapes; None for any other."""
+    if shape := vit_arguments(state):
+        return NAME_OF_SHAPE.get((shape["embed_dim"], shape["depth"]))
+    shape = swin_arguments(state)
+    return SWIN_OF_SHAPE.get((shape["embed_dim"], shape["depths"])) if shape else None
+
+
 def describe(state: State) -> str:
     """What network the tensors are, in words."""
     shape = vit_arguments(state)
     if shape:
-        name = NAME_OF_SHAPE.get((shape["embed_dim"], shape["depth"]), "vision transformer")
+        name = arch_of(state) or "vision transformer"
         side = shape["img_size"] // shape["patch_size"]
         extras = [f"{shape['num_class_tokens']} class tokens"] * (shape["num_class_tokens"] > 1)
         extras += [f"{shape['num_registers']} registers"] * (shape["num_registers"] > 0)
@@ -238,8 +277,14 @@ def describe(state: State) -> str:
                 *extras,
             ]
         )
+    if shape := swin_arguments(state):
+        blocks = "+".join(map(str, shape["depths"]))
+        return (
+            f"{arch_of(state) or 'Swin transformer'} (width {shape['embed_dim']}, {blocks} blocks), "
+            f"patch {shape['patch_size']}, window {shape['window_size']}"
+        )
     kinds = {
-        "layers.0.": "Swin transformer",
+        "layers.0.": "transformer of several stages",
         "stage0.0.proj.": "CvT",
         "layer1.0.norm_embed.": "Vision Longformer",
         "layer1.0.conv1.": "ResNet",
@@ -256,8 +301,15 @@ def advice(target: State, state: State) -> str:
     ours, theirs = vit_arguments(dict(target)), vit_arguments(state)
     if "fc_norm.weight" in state and "norm.weight" not in state:
         return "The file pools patch tokens (fc_norm instead of norm), which this network does not do"
+    swins = swin_arguments(dict(target)), swin_arguments(state)
+    if all(swins):
+        name = arch_of(state)
+        tips = [f"--arch {name}" if name else "its own --arch"] if name is None or name != arch_of(target) else []
+        if swins[0]["window_size"] != swins[1]["window_size"]:
+            tips.append(f"--window_size {swins[1]['window_size']}")
+        return f"The file holds a {describe(state)}" + (f": pass {', '.join(tips)}" if tips else "")
     if ours is None or theirs is None:
-        return f"The file holds a {describe(state)}: pass the --arch it was trained with"
+        return f"The file holds a {describe(state)}: pass --arch {arch_of(state) or 'that it was trained with'}"
     tips = []
     if any(ours[key] != theirs[key] for key in ("embed_dim", "depth", "mlp_ratio")):
         name = NAME_OF_SHAPE.get((theirs["embed_dim"], theirs["depth"]))

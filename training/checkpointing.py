@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from models.safe_load import CheckpointError, load_file
-from training.options import trajectory_options
+from training.options import parse_options, trajectory_options
 from utils import UsageError, log, save_torch
 
 FORMAT = 1
@@ -155,8 +155,9 @@ def _refuse_another_run(run, path: Path, state: dict, ours: dict) -> None:
 
 
 def _differing_options(args: argparse.Namespace, saved: dict) -> list[str]:
-    mine = trajectory_options(args)
-    return [f"--{k}: {saved.get(k)} there, {v} here" for k, v in mine.items() if k not in saved or saved[k] != v]
+    """An option that did not exist when the checkpoint was written had what is its default now."""
+    theirs = trajectory_options(parse_options(["--method", args.method])) | saved
+    return [f"--{k}: {theirs[k]} there, {v} here" for k, v in trajectory_options(args).items() if theirs[k] != v]
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from methods import METHODS, method_class
 from methods.base import Method
-from models import VITS, backbone_names, is_vision_transformer
+from models import SWINS, VITS, backbone_names, check_swin_patch, is_swin, is_vision_transformer
 from training.optim import OPTIMIZERS
 from training.precision import PRECISIONS, has_bf16
 from training.presets import nearest_preset, read_preset
@@ -40,8 +40,9 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     own = parser.add_argument_group(f"the method ({method.name})")
 
     add = parser.add_argument_group("backbone").add_argument
-    add("--arch", default="vit_small", help=f"{', '.join(VITS)}, a torchvision resnet, or timm/<name>")
-    add("--patch_size", default=16, type=int, help="pixels; vision transformers only. 8 is better and slower than 16")
+    add("--arch", default="vit_small", help=f"{', '.join((*VITS, *SWINS))}, a torchvision resnet, or timm/<name>")
+    add("--patch_size", default=16, type=int, help="pixels; transformers only. 8 is better and slower than 16; Swin: 4")
+    add("--window_size", default=7, type=int, help="patches along a side of Swin's windows; EsViT also has 14")
     add("--drop_path_rate", default=0.1, type=float, help="stochastic depth of the student's last block")
 
     add = parser.add_argument_group("data").add_argument
@@ -122,7 +123,7 @@ def resolve_precision(args: argparse.Namespace, device: torch.device) -> None:
 def check_options(args: argparse.Namespace, world: World) -> None:
     """Refuse what cannot work, before data is listed or a network built. Every message names value and remedy."""
     positive = {
-        *("batch_size_per_gpu", "accum_iter", "epochs", "patch_size"),
+        *("batch_size_per_gpu", "accum_iter", "epochs", "patch_size", "window_size"),
         *("saveckp_freq", "print_freq", "max_skipped", "knn_per_class"),
     }
     for name in sorted(positive):
@@ -157,6 +158,8 @@ def _check_arch(args: argparse.Namespace) -> None:
         raise UsageError(f"--arch {args.arch}: unknown architecture{nearest(args.arch, backbone_names())}")
     if is_vision_transformer(args.arch) and 224 % args.patch_size:
         raise UsageError(f"--patch_size {args.patch_size} does not divide 224 pixels; 8, 14, 16 and 32 do")
+    if is_swin(args.arch):
+        check_swin_patch(args.patch_size)
 
 
 def compare_with_presets(args: argparse.Namespace, world_size: int) -> list[str]:

@@ -10,16 +10,17 @@ import torch
 import torch.nn as nn
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
-from models import build_backbone, vit
+from models import SWINS, build_backbone, swin, vit
 from models.checkpoints import (
     checkpoint_arguments,
     choose_tensors,
     load_backbone,
+    load_tensors,
     main,
     network_from_file,
     read_backbone,
 )
-from models.layouts import NAME_OF_SHAPE, to_timm, vit_arguments
+from models.layouts import NAME_OF_SHAPE, SWIN_OF_SHAPE, describe, swin_arguments, to_timm, vit_arguments
 from models.safe_load import CheckpointError, load_file
 from models.vit import VisionTransformer
 from utils import UsageError, run_cli
@@ -298,6 +299,54 @@ def test_names_of_architectures_agree_with_the_models(monkeypatch):
         assert (made["embed_dim"], made["depth"]) == (width, depth)
 
 
+def test_names_of_swins_agree_with_the_models(monkeypatch):
+    monkeypatch.setattr(swin, "SwinTransformer", lambda **kwargs: kwargs)
+    for (width, depths), name in SWIN_OF_SHAPE.items():
+        made = getattr(swin, name)()
+        assert (made["embed_dim"], made["depths"]) == (width, depths)
+    assert list(SWIN_OF_SHAPE.values()) == list(SWINS)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_full_namespace.pth", "checkpoint_plain.pth"])
+@pytest.mark.parametrize("key", ["teacher", "student"])
+def test_a_swin_of_esvit_loads_whole_and_shows_its_sizes(name, key):
+    state, info = read_backbone(GOLDEN / "esvit" / name, key)
+    shape = swin_arguments(state)
+    assert shape == {
+        "embed_dim": 4,
+        "depths": (1, 2, 1, 1),
+        "num_heads": (1, 2, 2, 2),
+        "patch_size": 2,
+        "mlp_ratio": 2.0,
+        "window_size": 4,
+    }
+    report = load_tensors(model := swin.SwinTransformer(**shape, img_size=48), state, info)
+    assert report.complete and {name.split(".")[0] for name in report.ignored} == {"head", "head_dense"}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_swin_is_built_with_the_window_of_its_file(tmp_path):
+    model = build_backbone("swin_tiny", window_size=14, masked_im_modeling=True)
+    path = saved(tmp_path, {"state_dict": model.state_dict()})
+    network = network_from_file(path)
+    assert (network.label, network.arguments) == ("swin_tiny/4", {"patch_size": 4, "window_size": 14})
+    assert str(network.report) == "matched 183 of 183 tensors; ignored masked_embed"
+    assert torch.equal(network.model.norm.weight, model.norm.weight)
+    assert describe(read_backbone(path)[0]) == "swin_tiny (width 96, 2+2+6+2 blocks), patch 4, window 14"
+    assert refusal(network_from_file, path, "teacher", None, None, 7).count("pass --window_size 14") == 1
+    assert "pass --arch swin_tiny" in refusal(network_from_file, path, "teacher", "vit_micro")
+    with pytest.raises(UsageError, match="--patch_size 8: Swin's patches are 4 pixels"):
+        network_from_file(path, patch_size=8)
+
+
+def test_a_supervised_swin_with_classifier_and_stored_masks_loads(tmp_path):
+    sizes = {"img_size": 32, "embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4}
+    state = swin.SwinTransformer(**sizes).state_dict()
+    extra = {"head.weight": torch.zeros(5, 16), "layers.0.blocks.1.attn_mask": torch.zeros(4, 16, 16)}
+    report = load_backbone(swin.SwinTransformer(**sizes), saved(tmp_path, {"model": state | extra}))
+    assert report.info.layout.name == "supervised Swin" and sorted(report.ignored) == sorted(extra)
+
+
 def test_the_network_is_built_as_the_file_needs_it(tmp_path):
     model = build_backbone("vit_micro", 8, img_size=64, num_class_tokens=2).eval()
     path = saved(tmp_path, {"teacher": {f"backbone.{n}": t for n, t in model.state_dict().items()}, "udi_loss": {}})
@@ -317,11 +366,11 @@ def test_a_timm_network_takes_files_under_our_names_and_under_its_own(tmp_path):
         torch.testing.assert_close(network.model.eval()(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-def test_a_file_that_no_architecture_fits_says_so():
+def test_a_file_that_no_architecture_fits_says_so(tmp_path):
     assert "width 12" in refusal(network_from_file, GOLDEN / "dino" / "backbone_only.pth")
-    assert "--arch swin_tiny, which is unknown here" in refusal(
-        network_from_file, GOLDEN / "esvit/checkpoint_plain.pth"
-    )
+    assert "width 4, 1+2+1+1 blocks" in refusal(network_from_file, GOLDEN / "esvit/checkpoint_plain.pth")
+    cvt = {"teacher": {"stage0.0.proj.weight": torch.zeros(1)}, "dino_loss": {}, "args": {"arch": "cvt_tiny"}}
+    assert "--arch cvt_tiny, which is unknown here" in refusal(network_from_file, saved(tmp_path, cvt))
     assert "linear classifier" in refusal(network_from_file, GOLDEN / "attmask" / "checkpoint_teacher_linear.pth")
 
 

@@ -40,10 +40,15 @@ class Case:
 
     @property
     def tolerance(self) -> tuple[float, float]:
-        """(rtol, atol). In words, it is the first of each that is named; a number by itself is absolute."""
+        """(rtol, atol). In words, it is the first of each that is named; a number by itself is absolute.
+
+        Where each precision has its own, it is that of the case's.
+        """
         tolerance = self.entry.get("tolerance", "exact")
-        if isinstance(tolerance, dict):
+        if isinstance(tolerance, dict) and "rtol" in tolerance:
             return tolerance["rtol"], tolerance["atol"]
+        if isinstance(tolerance, dict):
+            tolerance = tolerance[f"{str(self.dtype).removeprefix('torch.')} implementation"]
         named = {name: float(value) for name, value in reversed(re.findall(rf"(rtol|atol) ({NUMBER})", tolerance))}
         bare = re.match(rf"\D*?({NUMBER})", tolerance) if not named else None
         return named.get("rtol", 0.0), named.get("atol", float(bare[1]) if bare else 0.0)

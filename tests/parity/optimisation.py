@@ -12,6 +12,7 @@ from methods.ibot import IBOT
 from methods.masked_distillation import patch_temperatures
 from methods.multicrop import MultiCropNetwork
 from methods.teacher import Follower, start_teacher
+from models.swin import SwinTransformer
 from models.vit import VisionTransformer
 from tests.parity import Case
 from training.optim import LARS
@@ -61,7 +62,8 @@ def param_groups(case: Case) -> Iterator[tuple]:
 
 def ibot_param_groups(case: Case) -> Iterator[tuple]:
     for label in case.outputs():
-        if not label.startswith("vit_"):
+        if label == "swin_regularized":
+            yield label, swin_decayed(case.value(label)), case.value(label)
             continue
         flags = {key: value == "True" for key, value in (part.split("=") for part in label[4:].split(","))}
         expected = case.value(label)
@@ -79,6 +81,21 @@ def ibot_param_groups(case: Case) -> Iterator[tuple]:
         decayed, undecayed = ([names[id(p)] for p in group["params"]] for group in method.param_groups())
         found = {"regularized": decayed, "not_regularized": undecayed}
         yield label, {kind: found[kind] for kind in expected}, expected
+
+
+def swin_decayed(expected: list[str]) -> list[str]:
+    """Names of the decayed parameters of a Swin with the stages and blocks that the expected names have."""
+    found = {tuple(map(int, name.split(".")[1:4:2])) for name in expected if ".blocks." in name}
+    stages = 1 + max(stage for stage, _ in found)
+    depths = [sum(stage == s for s, _ in found) for stage in range(stages)]
+    sizes = {"img_size": 32, "embed_dim": 4, "depths": depths, "num_heads": [1] * stages, "window_size": 4}
+    networks = [
+        MultiCropNetwork(SwinTransformer(**sizes, masked_im_modeling=masked), IBOTHead(4 * 2 ** (stages - 1), 4))
+        for masked in (True, False)
+    ]
+    method = IBOT(*networks, np.full(9, 0.04), np.full(9, 0.04))
+    names = {id(p): name for name, p in method.student.backbone.named_parameters()}
+    return [names[id(p)] for p in method.param_groups()[0]["params"] if id(p) in names]
 
 
 def teacher_init(case: Case) -> Iterator[tuple]:

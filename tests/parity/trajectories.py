@@ -18,6 +18,7 @@ from methods.masking import MaskedViews, MaskRatio
 from methods.multicrop import MultiCropNetwork
 from tests.parity import Case
 from tests.parity.networks import build_vit
+from tests.parity.swin import build_swin
 from training.blackbox import BlackBox
 from training.consensus import Consensus
 from training.monitor import Monitor
@@ -201,7 +202,8 @@ def masked_settings(p: dict) -> dict:
 
 def ibot_trajectory(case: Case) -> Iterator[tuple]:
     p = case.params
-    backbones = tuple(build_vit(p["backbone_cfg"], masked_im_modeling=masked) for masked in (True, False))
+    build = {"vit": build_vit, "swin": build_swin}[p["backbone"]]
+    backbones = tuple(build(p["backbone_cfg"], masked_im_modeling=masked) for masked in (True, False))
     head = {**p["head"], "norm": p["norm_in_head"], "act": p["act_in_head"]}
     shared = p["shared_head"], p["shared_head_teacher"]
     networks = masked_networks(backbones, head, shared, p["norm_last_layer"])

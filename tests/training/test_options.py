@@ -29,6 +29,7 @@ OPTIONS = {
         output_dir patch_size precision print_freq replay save_every_minutes saveckp_freq seed subset teacher_temp
         use_bn_in_head use_fp16 warmup_epochs warmup_teacher_temp warmup_teacher_temp_epochs weight_decay
         weight_decay_end
+        window_size
     """
 }
 DEFAULTS_OF_THE_ORIGINAL = {
@@ -119,6 +120,9 @@ def test_a_faulty_preset_is_answered_with_its_line_and_key(tmp_path, text, messa
         ("--lrr 1", r"unknown option --lrr; did you mean --lr\?"),
         ("--lr much", "invalid float value: 'much'"),
         ("--patch_size 15", "--patch_size 15 does not divide 224"),
+        ("--arch swin_tiny", "--patch_size 16: Swin's patches are 4 pixels; pass --patch_size 4"),
+        ("--arch swin_tiny --patch_size 4 --local_crops_size 94", "does not divide --local_crops_size 94; nearest 92"),
+        ("--arch swin_tiny --patch_size 4 --window_size 0", "--window_size 0: must be at least 1"),
         ("--patch_size 16 --local_crops_size 40", "does not divide --local_crops_size 40; nearest 32 or 48"),
         ("--local_crops_size 8", "--local_crops_size 8 is smaller than one patch of 16"),
         ("--out_dim 0", "--out_dim 0: a head needs"),
