@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from data.datasets import ALL, check_subset
 from methods import METHODS, method_class
 from methods.base import Method
 from models import VITS, backbone_names, is_vision_transformer
@@ -46,7 +47,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", help="folder, list (.txt) or zip of images; left out: the bundled photographs")
-    add("--subset", type=int, metavar="N", help="only the first N images of every class")
+    add("--subset", type=int, metavar="N", help="only the first N images of every class; -1: all")
     add("--augment", default="fast", choices=["fast", "pil"], help="pil: the original's pixels, bit for bit; slower")
     add("--num_workers", default=10, type=int, help="data loading processes per GPU; no influence on the numbers")
     add("--max_bad_images", default=0.01, type=float, help="stop when a larger share of the images is unreadable")
@@ -132,8 +133,8 @@ def check_options(args: argparse.Namespace, world: World) -> None:
             raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
     if not 0 <= args.max_bad_images <= 1:
         raise UsageError(f"--max_bad_images {args.max_bad_images}: a share of the images, from 0 to 1")
-    if args.subset is not None and args.subset < 1:
-        raise UsageError(f"--subset {args.subset}: must be at least 1 image per class (leave it out for all)")
+    check_subset(args.subset)
+    args.subset = None if args.subset == ALL else args.subset  # two ways to write the same run
     if args.warmup_epochs > args.epochs:
         raise UsageError(f"--warmup_epochs {args.warmup_epochs} is longer than --epochs {args.epochs}")
     if not 0 <= args.drop_path_rate < 1:

@@ -133,6 +133,7 @@ def test_a_faulty_preset_is_answered_with_its_line_and_key(tmp_path, text, messa
         ("--drop_path_rate 1", "--drop_path_rate 1.0: must be in"),
         ("--teacher_temp 0", "--teacher_temp 0.0: a temperature must be positive"),
         ("--subset 0", "--subset 0"),
+        ("--subset -2", r"--subset -2: .*at least 1 \(-1: all\)"),
         ("--use_fp16 true", "fp16 training needs a GPU"),
         ("--precision fp16", "fp16 training needs a GPU"),
         ("--use_fp16 false --precision bf16", "--use_fp16 False contradicts --precision bf16"),
@@ -156,6 +157,13 @@ def test_what_changes_no_number_may_change_when_a_run_is_continued():
     two = parse_options(["--num_workers", "2", "--batch_size_per_gpu", "4", "--output_dir", "b", "--accum_iter", "2"])
     assert trajectory_options(one) == trajectory_options(two)
     assert trajectory_options(one) != trajectory_options(parse_options(["--lr", "1"]))
+
+
+def test_all_images_may_be_written_in_two_ways():
+    one, two = parse_options([]), parse_options(["--subset", "-1"])
+    for args in (one, two):
+        check_options(args, ALONE)
+    assert trajectory_options(one) == trajectory_options(two)
 
 
 def test_the_nearest_preset_is_named_with_its_result_and_every_difference():
