@@ -106,6 +106,10 @@ class Method(nn.Module):
         """Label-free signs of life from the latest forward pass (training/health.py says what they mean)."""
         return {}
 
+    def pseudo_labels(self) -> torch.Tensor | None:
+        """Prototype of every image of the latest piece, (batch,) int64 on the device; None where there are none."""
+        return None
+
     def checkpoint_parts(self) -> dict[str, nn.Module]:
         """Top-level key in the checkpoint -> the module whose state it holds, in the original's layout."""
         raise NotImplementedError
