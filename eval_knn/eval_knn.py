@@ -302,7 +302,8 @@ def main() -> None:
 
 
 def as_numbers(accuracies: Accuracies) -> dict[str, dict[str, float]]:
-    return {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracies.items()}
+    """For logs and results; the first five of one neighbour are no more than the first."""
+    return {str(k): {"top1": top1} | ({"top5": top5} if k > 1 else {}) for k, (top1, top5) in accuracies.items()}
 
 
 if __name__ == "__main__":

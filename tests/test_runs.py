@@ -402,11 +402,66 @@ def test_online_knn_and_pictures_of_the_bundled_photographs(tmp_path, monkeypatc
     options = {"epochs": 1, "warmup_epochs": 0, "batch_size_per_gpu": 16, "precision": "fp32", "knn_every": 1}
     run_here(monkeypatch, output_dir=tmp_path, subset=2, knn_per_class=2, **options)
     line = json.loads((tmp_path / "log.txt").read_text())
-    assert line["knn10_top1"] > 0
+    assert line["k-NN"]["10"]["top5"] >= line["k-NN"]["10"]["top1"] > 0
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["images"]) == {"attention", "crops"}
-    assert "epoch/knn10_top1" in events.Tags()["scalars"]
+    assert {"epoch/knn10_top1", "epoch/knn20_top5"} <= set(events.Tags()["scalars"])
+
+
+WITH_PSEUDO_LABELS = """
+import os, signal, sys
+import main_pretrain
+from methods.dino import DINO
+from training.online_knn import OnlineKNN
+
+targets, test, folder = DINO.teacher_targets, OnlineKNN.__call__, sys.argv.pop(1)
+
+def watched(self, crops, clock):
+    self.prototypes = (crops[0].mean(dim=(1, 2, 3)) > 0).long()  # bright or dark
+    return targets(self, crops, clock)
+
+def killed_once(self):
+    marker = os.path.join(folder, "killed")
+    if self.args.knn_every == 2 and not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return test(self)
+
+DINO.teacher_targets, DINO.pseudo_labels = watched, lambda self: self.prototypes
+OnlineKNN.__call__ = killed_once
+sys.exit(main_pretrain.main())
+"""
+
+
+def test_pseudo_labels_and_online_knn_survive_two_processes_and_a_kill_within_the_test(tmp_path):
+    for part, count in (("train", 40), ("val", 8)):
+        make_images(tmp_path / part, count)
+    runs = {
+        "one": {"knn_every": 1},
+        "two": {"knn_every": 1, "nproc": 2, "batch_size_per_gpu": 4},
+        "killed": {"knn_every": 2, "knn_data": tmp_path},
+    }
+    script = tmp_path / "script.py"
+    script.write_text(WITH_PSEUDO_LABELS)
+    lines = {}
+    for name, options in runs.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        run = {"script": [str(script), str(folder)], "data_path": tmp_path, "output_dir": folder, **options}
+        if name == "killed":
+            finish(start(**run), code=-signal.SIGKILL)
+            assert (load(folder)["epoch"], load(folder)["tutelage"]["step"]) == (0, 5)
+            assert not (folder / "log.txt").exists()
+        output = finish(start(**run))
+        assert ("NMI: " in output) and output.count(", ACC: -1") == (1 if name == "killed" else 2)
+        lines[name] = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    for one, two, killed in zip(*lines.values(), strict=True):
+        names = ("train_nmi", "train_ari", "train_fscore", "train_adjacc")
+        assert 0 < one["train_nmi"] < 1 and one["train_adjacc"] == -1
+        assert [two[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-9)
+        assert killed == one and two["k-NN"] == one["k-NN"]
+    assert_same_run(tmp_path / "one", tmp_path / "killed")
 
 
 def test_every_command_ends_in_one_line_when_it_is_refused(images, tmp_path):

@@ -19,7 +19,8 @@ from utils import Parser, UsageError, World, bool_flag, check_writable, nearest
 FREE_OPTIONS = {
     *("config", "data_path", "output_dir", "num_workers", "device", "dist_url", "local_rank", "batch_size_per_gpu"),
     *("accum_iter", "grad_checkpointing", "compile", "deterministic", "saveckp_freq", "save_every_minutes"),
-    *("print_freq", "knn_every", "knn_data", "knn_per_class", "max_bad_images", "max_skipped"),
+    *("knn_every", "knn_data", "knn_per_class", "nb_knn", "n_last_blocks", "knn_temperature"),
+    *("print_freq", "max_bad_images", "max_skipped"),
     *("dry_run", "replay", "accept_changes", "use_fp16"),
 }
 
@@ -38,7 +39,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--dry_run", action="store_true", help="everything but training: settings, data, memory, first batch")
     add("--replay", metavar="FILE", help="run a step again that was not finite (the file the run wrote)")
 
-    method.add_arguments(parser.add_argument_group(f"the method ({method.name})"))
+    own = parser.add_argument_group(f"the method ({method.name})")
 
     add = parser.add_argument_group("backbone").add_argument
     add("--arch", default="vit_small", help=f"{', '.join(VITS)}, a torchvision resnet, or timm/<name>")
@@ -46,7 +47,11 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--drop_path_rate", default=0.1, type=float, help="stochastic depth of the student's last block")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", help="folder, list (.txt) or zip of images; left out: the bundled photographs")
+    add(
+        "--data_path",
+        help="folder, list (.txt) or zip of images, or a folder with train/ and val/, whose train/ is used; "
+        "left out: the bundled photographs",
+    )
     add("--subset", type=int, metavar="N", help="only the first N images of every class; -1: all")
     add("--augment", default="fast", choices=["fast", "pil"], help="pil: the original's pixels, bit for bit; slower")
     add("--num_workers", default=10, type=int, help="data loading processes per GPU; no influence on the numbers")
@@ -78,14 +83,26 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--accept_changes", action="store_true", help="continue the run found although its options differ")
     add("--max_skipped", default=20, type=int, help="stop after so many steps in a row that were not finite")
     add("--print_freq", default=10, type=int, help="steps between two lines of progress and health")
-    add("--knn_every", default=10, type=int, help="epochs between two online k-NN tests and attention maps; 0: never")
-    add("--knn_data", metavar="DIR", help="with train/ and val/; left out: beside --data_path, or bundled")
-    add("--knn_per_class", default=100, type=int, help="training images per class in the online k-NN test")
+
+    add = parser.add_argument_group("online k-NN").add_argument
+    add(
+        *("--knn_every", "--eval_every"),
+        default=10,
+        type=int,
+        help="epochs between two tests (and attention maps), from the first epoch on; the last is tested too; 0: never",
+    )
+    add("--knn_data", metavar="DIR", help="with train/ and val/; left out: beside the training images, or bundled")
+    add("--knn_per_class", default=100, type=int, help="training images per class, within --subset; -1: all")
+    add("--nb_knn", default=[10, 20], nargs="+", type=int, help="numbers of neighbours")
+    add("--n_last_blocks", default=1, type=int, help="features: class tokens of so many last blocks")
+    add("--knn_temperature", default=0.07, type=float, help="of the votes exp(similarity / temperature)")
 
     add = parser.add_argument_group("processes").add_argument
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: GPUs when there are any")
     add("--dist_url", default="env://", help="how processes find each other")
     add("--local_rank", "--local-rank", type=int, help="ignored; old launchers pass it")
+
+    method.add_arguments(own)  # last, since it may set other defaults of the options above
     return parser
 
 
@@ -123,7 +140,7 @@ def check_options(args: argparse.Namespace, world: World) -> None:
     """Refuse what cannot work, before data is listed or a network built. Every message names value and remedy."""
     positive = {
         *("batch_size_per_gpu", "accum_iter", "epochs", "patch_size"),
-        *("saveckp_freq", "print_freq", "max_skipped", "knn_per_class"),
+        *("saveckp_freq", "print_freq", "max_skipped", "n_last_blocks"),
     }
     for name in sorted(positive):
         if getattr(args, name) < 1:
@@ -147,6 +164,7 @@ def check_options(args: argparse.Namespace, world: World) -> None:
             f"nearest {' or '.join(near)}"
         )
     _check_arch(args)
+    _check_knn(args)
     method_class(args.method).check_arguments(args)
     resolve_precision(args, world.device)
     check_writable(Path(args.output_dir))
@@ -157,6 +175,15 @@ def _check_arch(args: argparse.Namespace) -> None:
         raise UsageError(f"--arch {args.arch}: unknown architecture{nearest(args.arch, backbone_names())}")
     if is_vision_transformer(args.arch) and 224 % args.patch_size:
         raise UsageError(f"--patch_size {args.patch_size} does not divide 224 pixels; 8, 14, 16 and 32 do")
+
+
+def _check_knn(args: argparse.Namespace) -> None:
+    if args.knn_per_class < 1 and args.knn_per_class != ALL:
+        raise UsageError(f"--knn_per_class {args.knn_per_class}: must be at least 1 ({ALL}: all)")
+    if min(args.nb_knn) < 1:
+        raise UsageError(f"--nb_knn {min(args.nb_knn)}: a vote needs at least one neighbour")
+    if args.knn_temperature is not None and not args.knn_temperature > 0:  # None: a method's teacher_temp
+        raise UsageError(f"--knn_temperature {args.knn_temperature}: must be positive (the default is 0.07)")
 
 
 def compare_with_presets(args: argparse.Namespace, world_size: int) -> list[str]:

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from main_pretrain import Run, train_one_epoch
@@ -17,6 +18,7 @@ from training.blackbox import BlackBox
 from training.consensus import Consensus
 from training.monitor import Monitor
 from training.optim import build_optimizer
+from training.pseudo_labels import PseudoLabels
 from utils import World, cosine_scheduler, warmup_scheduler
 
 
@@ -109,6 +111,7 @@ def build_run(p: dict, method: DINO, folder: Path) -> Run:
         monitor=monitor,
         consensus=Consensus(world.device),
         blackbox=BlackBox(args, 1, world),
+        pseudo_labels=PseudoLabels(np.array([-1]), world),
     )
 
 

@@ -21,12 +21,12 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 # A new option is a decision: it is added here, to the README or the help, and to FREE_OPTIONS if it changes no number.
 OPTIONS = {
     "dino": """
-        accept_changes accum_iter arch augment batch_size_per_gpu clip_grad compile config data_path deterministic
-        device dist_url drop_path_rate dry_run epochs freeze_last_layer global_crops_scale global_crops_size
-        grad_checkpointing
-        knn_data knn_every knn_per_class local_crops_number local_crops_scale local_crops_size local_rank lr
-        max_bad_images max_skipped method min_lr momentum_teacher norm_last_layer num_workers optimizer out_dim
-        output_dir patch_size precision print_freq replay save_every_minutes saveckp_freq seed subset teacher_temp
+        accept_changes accum_iter arch augment batch_size_per_gpu clip_grad compile config data_path
+        deterministic device dist_url drop_path_rate dry_run epochs freeze_last_layer global_crops_scale
+        global_crops_size grad_checkpointing knn_data knn_every knn_per_class knn_temperature
+        local_crops_number local_crops_scale local_crops_size local_rank lr max_bad_images max_skipped method
+        min_lr momentum_teacher n_last_blocks nb_knn norm_last_layer num_workers optimizer out_dim output_dir
+        patch_size precision print_freq replay save_every_minutes saveckp_freq seed subset teacher_temp
         use_bn_in_head use_fp16 warmup_epochs warmup_teacher_temp warmup_teacher_temp_epochs weight_decay
         weight_decay_end
     """
@@ -127,6 +127,10 @@ def test_a_faulty_preset_is_answered_with_its_line_and_key(tmp_path, text, messa
         ("--batch_size_per_gpu 63 --accum_iter 2", "must divide; nearest 62 or 64"),
         ("--batch_size_per_gpu 0", "--batch_size_per_gpu 0: must be at least 1"),
         ("--knn_per_class 0", "--knn_per_class 0: must be at least 1"),
+        ("--knn_per_class -2", r"--knn_per_class -2: must be at least 1 \(-1: all\)"),
+        ("--nb_knn 10 0", "--nb_knn 0: a vote needs"),
+        ("--knn_temperature 0", "--knn_temperature 0.0: must be positive"),
+        ("--n_last_blocks 0", "--n_last_blocks 0: must be at least 1"),
         ("--max_bad_images 2", "--max_bad_images 2.0: a share of the images, from 0 to 1"),
         ("--local_crops_number -1", "--local_crops_number -1: must be 0"),
         ("--global_crops_scale 0.9 0.4", "--global_crops_scale 0.9 0.4"),
@@ -157,6 +161,25 @@ def test_what_changes_no_number_may_change_when_a_run_is_continued():
     two = parse_options(["--num_workers", "2", "--batch_size_per_gpu", "4", "--output_dir", "b", "--accum_iter", "2"])
     assert trajectory_options(one) == trajectory_options(two)
     assert trajectory_options(one) != trajectory_options(parse_options(["--lr", "1"]))
+
+
+def test_options_have_the_names_of_several_originals():
+    args = parse_options(["--eval_every", "20", "--nb_knn", "10", "20", "100", "200"])
+    assert (args.knn_every, args.nb_knn) == (20, [10, 20, 100, 200])
+
+
+def test_a_method_may_set_other_defaults_of_shared_options():
+    class Other(METHODS["dino"]):
+        @staticmethod
+        def add_arguments(parser):
+            METHODS["dino"].add_arguments(parser)
+            parser.set_defaults(knn_per_class=-1, knn_temperature=None, clip_grad=0.3)
+
+    parser = get_args_parser(Other)
+    args = parser.parse_args([])
+    assert (args.knn_per_class, args.knn_temperature, args.clip_grad) == (-1, None, 0.3)
+    assert parser.parse_args(["--clip_grad", "1"]).clip_grad == 1
+    check_options(args, ALONE)
 
 
 def test_all_images_may_be_written_in_two_ways():
