@@ -11,7 +11,7 @@ from data.datasets import Source, check_subset, open_source
 from features import labels_of
 from models import ALIASES, build_backbone, is_vision_transformer
 from models.checkpoints import Network, network_from_file
-from utils import UsageError, check_writable, log, make_folder, save_atomically
+from utils import BACKENDS, UsageError, check_writable, log, make_folder, save_atomically
 
 
 def add_network_arguments(parser: argparse._ActionsContainer) -> None:
@@ -38,6 +38,7 @@ def add_process_arguments(parser: argparse._ActionsContainer) -> None:
     add = parser.add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
     add("--dist_url", default="env://", help="how processes find each other")
+    add("--backend", choices=BACKENDS, help="how they talk; left out: nccl on GPUs, gloo on processors")
     add("--local_rank", default=0, type=int, help="accepted and ignored: torchrun sets it in the environment")
 
 

@@ -299,7 +299,7 @@ def describe(run: Run) -> None:
 
 def main() -> int:
     args = parse_options(sys.argv[1:])
-    world = init_world(args.device, args.dist_url)
+    world = init_world(args.device, args.dist_url, args.backend)
     if args.replay:
         words = {word.split("=")[0] for word in sys.argv}
         given = {name: getattr(args, name) for name in ("data_path", "precision") if f"--{name}" in words}

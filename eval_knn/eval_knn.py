@@ -281,7 +281,7 @@ def main() -> None:
     args = get_args_parser().parse_args()
     check_arguments(args)
     keep_large_blocks()
-    world = init_world(args.device, args.dist_url)
+    world = init_world(args.device, args.dist_url, args.backend)
     network = network_from_options(args)
     network.model.to(world.device)
     sets = Sets(args, network)

@@ -225,6 +225,19 @@ def test_another_run_in_the_folder_is_refused(images, uninterrupted, monkeypatch
     assert (uninterrupted / "checkpoint.pth").read_bytes() == before
 
 
+def test_a_run_may_go_back_to_an_older_checkpoint(images, uninterrupted, tmp_path, monkeypatch):
+    options = {"data_path": images, "output_dir": tmp_path}
+    run_here(monkeypatch, **options)
+    (tmp_path / "checkpoint.pth").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match=r"--load_from nowhere\.pth: no such file"):
+        run_here(monkeypatch, **options, load_from="nowhere.pth")
+    with pytest.raises(UsageError, match=r"checkpoint\.pth"):
+        run_here(monkeypatch, **options, load_from="checkpoint.pth")
+    run_here(monkeypatch, **options, load_from="checkpoint0000.pth")
+    assert_same_run(uninterrupted, tmp_path)
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
 def test_changes_can_be_accepted(images, uninterrupted, tmp_path, monkeypatch):
     for name in ("checkpoint.pth", "log.txt"):
         (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())

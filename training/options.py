@@ -12,7 +12,7 @@ from models import VITS, backbone_names, is_vision_transformer
 from training.optim import OPTIMIZERS
 from training.precision import PRECISIONS, has_bf16
 from training.presets import nearest_preset, read_preset
-from utils import Parser, UsageError, World, bool_flag, check_writable, nearest
+from utils import BACKENDS, Parser, UsageError, World, bool_flag, check_writable, nearest
 
 # Options that cannot change what a run computes, so that it may be continued with others. The batch may be divided
 # differently among processes and pieces as long as its size stays (checked where a run is resumed).
@@ -21,7 +21,7 @@ FREE_OPTIONS = {
     *("accum_iter", "grad_checkpointing", "compile", "deterministic", "saveckp_freq", "save_every_minutes"),
     *("knn_every", "knn_data", "knn_per_class", "nb_knn", "n_last_blocks", "knn_temperature"),
     *("print_freq", "max_bad_images", "max_skipped"),
-    *("dry_run", "replay", "accept_changes", "use_fp16"),
+    *("dry_run", "replay", "accept_changes", "use_fp16", "load_from", "backend"),
 }
 
 
@@ -44,7 +44,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add = parser.add_argument_group("backbone").add_argument
     add("--arch", default="vit_small", help=f"{', '.join(VITS)}, a torchvision resnet, or timm/<name>")
     add("--patch_size", default=16, type=int, help="pixels; vision transformers only. 8 is better and slower than 16")
-    add("--drop_path_rate", default=0.1, type=float, help="stochastic depth of the student's last block")
+    add("--drop_path_rate", "--drop_path", default=0.1, type=float, help="stochastic depth of the student's last block")
 
     add = parser.add_argument_group("data").add_argument
     add(
@@ -80,6 +80,12 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add = parser.add_argument_group("checkpoints and logs").add_argument
     add("--saveckp_freq", default=20, type=int, help="keep a numbered checkpoint every so many epochs")
     add("--save_every_minutes", default=30.0, type=float, help="also save within an epoch; 0 does not")
+    add(
+        "--load_from",
+        metavar="FILE",
+        help="continue from this checkpoint in --output_dir; left out: from the newest, if there is one. "
+        "A command that is started again and again goes on only without it",
+    )
     add("--accept_changes", action="store_true", help="continue the run found although its options differ")
     add("--max_skipped", default=20, type=int, help="stop after so many steps in a row that were not finite")
     add("--print_freq", default=10, type=int, help="steps between two lines of progress and health")
@@ -100,6 +106,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add = parser.add_argument_group("processes").add_argument
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: GPUs when there are any")
     add("--dist_url", default="env://", help="how processes find each other")
+    add("--backend", choices=BACKENDS, help="how they talk; left out: nccl on GPUs, gloo on processors")
     add("--local_rank", "--local-rank", type=int, help="ignored; old launchers pass it")
 
     method.add_arguments(own)  # last, since it may set other defaults of the options above
@@ -168,6 +175,8 @@ def check_options(args: argparse.Namespace, world: World) -> None:
     method_class(args.method).check_arguments(args)
     resolve_precision(args, world.device)
     check_writable(Path(args.output_dir))
+    if args.load_from and not (Path(args.output_dir) / args.load_from).is_file():
+        raise UsageError(f"--load_from {args.load_from}: no such file in --output_dir {args.output_dir}")
 
 
 def _check_arch(args: argparse.Namespace) -> None:

@@ -21,9 +21,9 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 # A new option is a decision: it is added here, to the README or the help, and to FREE_OPTIONS if it changes no number.
 OPTIONS = {
     "dino": """
-        accept_changes accum_iter arch augment batch_size_per_gpu clip_grad compile config data_path
+        accept_changes accum_iter arch augment backend batch_size_per_gpu clip_grad compile config data_path
         deterministic device dist_url drop_path_rate dry_run epochs freeze_last_layer global_crops_scale
-        global_crops_size grad_checkpointing knn_data knn_every knn_per_class knn_temperature
+        global_crops_size grad_checkpointing knn_data knn_every knn_per_class knn_temperature load_from
         local_crops_number local_crops_scale local_crops_size local_rank lr max_bad_images max_skipped method
         min_lr momentum_teacher n_last_blocks nb_knn norm_last_layer num_workers optimizer out_dim output_dir
         patch_size precision print_freq replay save_every_minutes saveckp_freq seed subset teacher_temp
@@ -142,6 +142,8 @@ def test_a_faulty_preset_is_answered_with_its_line_and_key(tmp_path, text, messa
         ("--precision fp16", "fp16 training needs a GPU"),
         ("--use_fp16 false --precision bf16", "--use_fp16 False contradicts --precision bf16"),
         ("--use_fp16 maybe", "'maybe' is neither true nor false"),
+        ("--load_from nowhere.pth", r"--load_from nowhere.pth: no such file in --output_dir \."),
+        ("--backend mpi", "--backend: invalid choice: 'mpi'"),
         ("--config nowhere.yaml", "--config nowhere.yaml: No such file"),
         ("--output_dir /dev/null/out", "--output_dir /dev/null/out: /dev/null is a file"),
     ],
@@ -164,8 +166,8 @@ def test_what_changes_no_number_may_change_when_a_run_is_continued():
 
 
 def test_options_have_the_names_of_several_originals():
-    args = parse_options(["--eval_every", "20", "--nb_knn", "10", "20", "100", "200"])
-    assert (args.knn_every, args.nb_knn) == (20, [10, 20, 100, 200])
+    args = parse_options(["--eval_every", "20", "--nb_knn", "10", "20", "100", "200", "--drop_path", "0.2"])
+    assert (args.knn_every, args.nb_knn, args.drop_path_rate) == (20, [10, 20, 100, 200], 0.2)
 
 
 def test_a_method_may_set_other_defaults_of_shared_options():
