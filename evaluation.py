@@ -118,8 +118,13 @@ def untrained(arch: str, arguments: dict, seed: int = 0) -> nn.Module:
         return build_backbone(arch, **arguments)
 
 
-def write_result(output_dir: str, evaluation: str, network: Network, checkpoint_key: str, data: str, numbers) -> Path:
-    """``<output_dir>/<evaluation>.json``: one line, with the same fields in every evaluation."""
+def write_result(
+    output_dir: str, evaluation: str, network: Network, checkpoint_key: str, data: str, numbers, append: bool = False
+) -> Path:
+    """``<output_dir>/<evaluation>.json``: one line, with the same fields in every evaluation.
+
+    ``append``: after the lines that are there, of further networks of the same command.
+    """
     info = network.report.info if network.report else None
     result = {
         "evaluation": evaluation,
@@ -132,7 +137,8 @@ def write_result(output_dir: str, evaluation: str, network: Network, checkpoint_
     path = Path(output_dir) / f"{evaluation}.json"
     make_folder(path.parent)
     try:
-        save_atomically(path, lambda temporary: temporary.write_text(json.dumps(result) + "\n"))
+        before = path.read_text() if append else ""
+        save_atomically(path, lambda temporary: temporary.write_text(before + json.dumps(result) + "\n"))
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir}: {path.name} cannot be written: {error}") from error
     return path
