@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from data.datasets import Source, open_source
+from data.datasets import Source, check_subset, open_source
 from features import labels_of
 from models import ALIASES, build_backbone, is_swin, is_vision_transformer
 from models.checkpoints import Network, network_from_file
-from utils import UsageError, check_writable, log, make_folder, save_atomically
+from utils import BACKENDS, UsageError, check_writable, log, make_folder, save_atomically
 
 
 def add_network_arguments(parser: argparse._ActionsContainer) -> None:
@@ -28,7 +28,7 @@ def add_data_arguments(parser: argparse._ActionsContainer) -> None:
     """The options by which evaluations on a train and a test set are told what to look at it with."""
     add = parser.add_argument
     add("--data_path", default=None, help="folder with train/ and val/; left out: tiles of the bundled photographs")
-    add("--subset", default=None, type=int, help="training images per class; left out: all")
+    add("--subset", default=None, type=int, help="training images per class; left out or -1: all")
     add("--crop_size", default=None, type=int, help="pixels; left out: the checkpoint's global_crops_size, else 224")
     add("--resize_size", default=None, type=int, help="shorter side before the crop; left out: crop * 256 / 224")
     add("--batch_size_per_gpu", default=128, type=int, help="images per forward pass and process")
@@ -39,12 +39,14 @@ def add_process_arguments(parser: argparse._ActionsContainer) -> None:
     add = parser.add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
     add("--dist_url", default="env://", help="how processes find each other")
+    add("--backend", choices=BACKENDS, help="how they talk; left out: nccl on GPUs, gloo on processors")
     add("--local_rank", default=0, type=int, help="accepted and ignored: torchrun sets it in the environment")
 
 
 def check_common_arguments(args: argparse.Namespace) -> None:
     """Raise UsageError for values that cannot work, before anything is read."""
-    for name in ("crop_size", "resize_size", "subset", "batch_size_per_gpu", "patch_size", "window_size"):
+    check_subset(args.subset)
+    for name in ("crop_size", "resize_size", "batch_size_per_gpu", "patch_size", "window_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: must be at least 1")
@@ -64,15 +66,18 @@ def crop_and_resize(args: argparse.Namespace, network: Network) -> tuple[int, in
     return crop, resize
 
 
-def open_train_and_test(data_path: str | None, subset: int | None) -> tuple[Source, Source]:
-    """``data_path``/train, all or ``subset`` images of every class, and ``data_path``/val; None: the photographs."""
+def open_train_and_test(data_path: str | None, subset: int | None, start: int = 0) -> tuple[Source, Source]:
+    """``data_path``/train, all or ``subset`` images of every class, and ``data_path``/val; None: the photographs.
+
+    ``start``: which image of every class is the subset's first.
+    """
     if data_path is None:
-        return open_source(None, subset, "train"), open_source(None, split="test")
+        return open_source(None, subset, "train", start), open_source(None, split="test")
     folders = [Path(data_path) / part for part in ("train", "val")]
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"--data_path {data_path}: has no {folder.name}/ with a folder per class")
-    return open_source(str(folders[0]), subset, "train"), open_source(str(folders[1]), split="val")
+    return open_source(str(folders[0]), subset, "train", start), open_source(str(folders[1]), split="val")
 
 
 def common_labels(train: Source, test: Source) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,8 +126,13 @@ def untrained(arch: str, arguments: dict, seed: int = 0) -> nn.Module:
         return build_backbone(arch, **arguments)
 
 
-def write_result(output_dir: str, evaluation: str, network: Network, checkpoint_key: str, data: str, numbers) -> Path:
-    """``<output_dir>/<evaluation>.json``: one line, with the same fields in every evaluation."""
+def write_result(
+    output_dir: str, evaluation: str, network: Network, checkpoint_key: str, data: str, numbers, append: bool = False
+) -> Path:
+    """``<output_dir>/<evaluation>.json``: one line, with the same fields in every evaluation.
+
+    ``append``: after the lines that are there, of further networks of the same command.
+    """
     info = network.report.info if network.report else None
     result = {
         "evaluation": evaluation,
@@ -135,7 +145,8 @@ def write_result(output_dir: str, evaluation: str, network: Network, checkpoint_
     path = Path(output_dir) / f"{evaluation}.json"
     make_folder(path.parent)
     try:
-        save_atomically(path, lambda temporary: temporary.write_text(json.dumps(result) + "\n"))
+        before = path.read_text() if append else ""
+        save_atomically(path, lambda temporary: temporary.write_text(before + json.dumps(result) + "\n"))
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir}: {path.name} cannot be written: {error}") from error
     return path

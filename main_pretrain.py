@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data.datasets import Source, open_source
+from data.datasets import Source, open_source, training_path
 from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
 from methods import method_class
 from methods.base import Clock, Method
@@ -39,6 +39,7 @@ from training.optim import build_optimizer, optimizer_step, set_schedules
 from training.options import check_options, compare_with_presets, parse_options
 from training.precision import autocast, batch_dtype
 from training.preview import attention_pictures, first_batch
+from training.pseudo_labels import PseudoLabels
 from utils import (
     RunStopped,
     World,
@@ -72,6 +73,7 @@ class Run:
     monitor: Monitor
     consensus: Consensus
     blackbox: BlackBox
+    pseudo_labels: PseudoLabels
     saved_at: float = field(default_factory=time.monotonic)
 
     def clock(self, epoch: int, step: int, first_sample: int = 0) -> Clock:
@@ -132,6 +134,7 @@ def forward_backward(run: Run, pieces: Iterator[dict], epoch: int, step: int) ->
                 losses = run.model(piece, run.clock(epoch, step, piece["first_sample"]))
             loss = losses["loss"] / count
             (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+        run.pseudo_labels.add(piece["indices"], run.method.pseudo_labels())
         for name, value in losses.items():
             means[name] = means.get(name, 0.0) + value.detach() / count
     return means, batch
@@ -177,9 +180,12 @@ def train(run: Run, knn: OnlineKNN) -> None:
         run.blackbox.begin_epoch()
         train_one_epoch(run, epoch, show_first(run, pieces, epoch, step), step)
         step = 0
-        final = epoch + 1 == args.epochs
-        tested = args.knn_every and (final or (epoch + 1) % args.knn_every == 0)
-        run.monitor.end_epoch(epoch, knn(run.method.evaluation_backbone()) if tested else {})
+        run.monitor.note(run.pseudo_labels.end_epoch())
+        results = {}
+        if knn.due(epoch):
+            save(run, epoch, run.niter)  # every step is done: a run that dies in the test begins with the test
+            results = knn()
+        run.monitor.end_epoch(epoch, results)
         save(run, epoch + 1, 0, numbered=epoch % args.saveckp_freq == 0)
     run.monitor.close()
     log.info("training took %.1f minutes", (time.monotonic() - began) / 60)
@@ -218,7 +224,7 @@ def device_pieces(run: Run, epoch: int, step: int) -> Iterator[dict]:
 
 def build(args: argparse.Namespace, world: World) -> Run:
     """Data, networks, optimiser, schedules. Raises UsageError for what only shows when they are built."""
-    source = open_source(args.data_path, args.subset)
+    source = open_source(training_path(args.data_path), args.subset)
     global_batch = args.batch_size_per_gpu * world.size
     niter = steps_per_epoch(len(source), global_batch)
 
@@ -251,6 +257,7 @@ def build(args: argparse.Namespace, world: World) -> Run:
         monitor=monitor,
         consensus=Consensus(world.device),
         blackbox=BlackBox(args, len(source), world),
+        pseudo_labels=PseudoLabels(source.labels, world),
     )
 
 
@@ -293,7 +300,7 @@ def describe(run: Run) -> None:
 
 def main() -> int:
     args = parse_options(sys.argv[1:])
-    world = init_world(args.device, args.dist_url)
+    world = init_world(args.device, args.dist_url, args.backend)
     if args.replay:
         words = {word.split("=")[0] for word in sys.argv}
         given = {name: getattr(args, name) for name in ("data_path", "precision") if f"--{name}" in words}
@@ -305,7 +312,7 @@ def main() -> int:
     if args.dry_run:
         dry_run(run, device_pieces(run, 0, 0))
         return 0
-    train(run, OnlineKNN(args, world))
+    train(run, OnlineKNN(args, world, run.method.evaluation_backbone()))
     return 0
 
 

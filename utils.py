@@ -34,10 +34,14 @@ class World:
     device: torch.device
 
 
-def init_world(device: str = "auto", dist_url: str = "env://") -> World:
+BACKENDS = ("nccl", "gloo")
+
+
+def init_world(device: str = "auto", dist_url: str = "env://", backend: str | None = None) -> World:
     """Join the processes that torchrun or ``srun`` (one task per GPU) started; alone when neither did.
 
-    Raises UsageError when a node has more processes than GPUs, or when a GPU is asked for where there is none.
+    ``backend``: one of BACKENDS; None is the first on GPUs, the second on processors. Raises UsageError when a node has
+    more processes than GPUs, or when a GPU is asked for where there is none.
     """
     env = os.environ
     if "RANK" in env:
@@ -53,6 +57,8 @@ def init_world(device: str = "auto", dist_url: str = "env://") -> World:
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and gpus == 0:
         raise UsageError("--device cuda: this machine shows no GPU; use --device cpu or check the driver")
+    if backend == "nccl" and gpus == 0:
+        raise UsageError("--backend nccl: it connects GPUs and there is none to use; pass --backend gloo")
     if gpus and local_size > gpus:
         raise UsageError(
             f"--nproc_per_node {local_size}: this node has {gpus} GPU(s); start at most {gpus} processes, "
@@ -62,7 +68,8 @@ def init_world(device: str = "auto", dist_url: str = "env://") -> World:
         torch.cuda.set_device(local_rank)
     world = World(rank, size, local_rank, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if gpus else "gloo", init_method=dist_url, world_size=size, rank=rank)
+        backend = backend or ("nccl" if gpus else "gloo")
+        dist.init_process_group(backend, init_method=dist_url, world_size=size, rank=rank)
     log.handlers = [logging.StreamHandler(sys.stdout)]
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     return world

@@ -113,26 +113,31 @@ class ZipSource(IndexedSource):
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
-class SubsetSource(Source):
-    """The first ``per_class`` images of every class: classes in order of first appearance, class after class.
+ALL = -1  # --subset -1, as AttMask writes it
 
-    Nothing is drawn, so every use of the same number sees the same images (AttMask, section on subsets). A class that
+
+class SubsetSource(Source):
+    """``per_class`` images of every class from its image ``start`` on, class after class.
+
+    Nothing is drawn, so every use of the same numbers sees the same images (AttMask, section on subsets). A class that
     has not so many is refused with a UsageError; with ``fewer`` all it has are taken.
     """
 
-    def __init__(self, source: Source, per_class: int, fewer: bool = False):
-        self.source, self.per_class, self.fewer = source, per_class, fewer
+    def __init__(self, source: Source, per_class: int, start: int = 0, fewer: bool = False):
+        self.source, self.per_class, self.start, self.fewer = source, per_class, start, fewer
         self.class_names = source.class_names
-        self.positions = _first_per_class(source, per_class, fewer)
+        _check_classes(source, per_class, start, fewer)
+        self.positions = images_per_class(source.labels, per_class, start)
         self.labels = np.asarray(source.labels)[self.positions]
-        self.name = f"{source.name}, of which {'at most ' * fewer}{per_class} per class ({len(self)} images)"
+        which = f"{per_class} per class" + f" from image {start} on" * (start > 0)
+        self.name = f"{source.name}, of which {'at most ' * fewer}{which} ({len(self)} images)"
 
-    def __reduce__(self):
-        return SubsetSource, (self.source, self.per_class, self.fewer)  # the positions are sooner found again than sent
+    def __reduce__(self):  # the positions are sooner found again than sent
+        return SubsetSource, (self.source, self.per_class, self.start, self.fewer)
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.source.fingerprint}-{self.per_class}"
+        return f"{self.source.fingerprint}-{self.per_class}" + f"@{self.start}" * (self.start > 0)
 
     def image_name(self, index: int) -> str:
         return self.source.image_name(self.positions[index])
@@ -144,20 +149,33 @@ class SubsetSource(Source):
         return self.source.pil(self.positions[index])
 
 
-def open_source(data_path: str | None, subset: int | None = None, split: str = "train") -> Source:
+def training_path(data_path: str | None) -> str | None:
+    """Where the training images are: ``data_path`` itself, or its train/ where it holds both train/ and val/."""
+    if data_path is not None and all((Path(data_path) / part).is_dir() for part in ("train", "val")):
+        return str(Path(data_path) / "train")
+    return data_path
+
+
+def open_source(data_path: str | None, subset: int | None = None, split: str = "train", start: int = 0) -> Source:
     """The images at ``data_path``; None is the bundled set, of which ``split`` names the part (paths are one part).
 
     A folder is read as torchvision's ImageFolder reads it: the first folder below it is the class. When an image lies
     in the folder itself, the folder has no classes. A zip likewise, after the folders that all its images share.
     Any other file lists paths, one per line, absolute or relative to the list, optionally followed by a tab and a
-    label. ``subset``: that many images of every class. With several processes, all of them have to call this.
+    label. ``subset``: that many images of every class from image ``start`` on; None or -1 is all. With several
+    processes, all of them have to call this.
 
     Raises UsageError.
     """
-    if subset is not None and subset < 1:
-        raise UsageError(f"--subset {subset}: it counts images per class, so it has to be at least 1")
+    check_subset(subset)
     source = BundledTiles(split=split) if data_path is None else _open_path(Path(os.path.abspath(data_path)))
-    return source if subset is None else SubsetSource(source, subset)
+    return source if subset in (None, ALL) else SubsetSource(source, subset, start)
+
+
+def check_subset(subset: int | None) -> None:
+    """Raise UsageError for a number of images per class that means nothing."""
+    if subset is not None and subset < 1 and subset != ALL:
+        raise UsageError(f"--subset {subset}: it counts images per class, so it has to be at least 1 ({ALL}: all)")
 
 
 def _open_path(path: Path) -> Source:
@@ -172,17 +190,24 @@ def _open_path(path: Path) -> Source:
     return FileSource(path, cached_index(path, path.parent, lambda: list_file(path)), root=path.parent)
 
 
-def _first_per_class(source: Source, per_class: int, fewer: bool) -> np.ndarray:
+def images_per_class(labels: np.ndarray, count: int, start: int = 0) -> np.ndarray:
+    """Positions of the images [start, start + count) of every class, as far as it has them.
+
+    Classes in order of first appearance, class after class, each in the order of the images.
+    """
+    _, first, counts = np.unique(labels, return_index=True, return_counts=True)
+    by_class = np.argsort(labels, kind="stable")
+    begins = np.cumsum(counts) - counts
+    starts, ends = begins + np.minimum(counts, start), begins + np.minimum(counts, start + count)
+    return np.concatenate([by_class[starts[c] : ends[c]] for c in np.argsort(first)])
+
+
+def _check_classes(source: Source, per_class: int, start: int, fewer: bool) -> None:
     labels = np.asarray(source.labels)
     if (labels < 0).any():
         raise UsageError(f"--subset {per_class} takes images of every class, but {source.name} has some without label")
-    classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
-    if counts.min() < per_class and not fewer:
-        few = classes[counts.argmin()]
-        raise UsageError(
-            f"--subset {per_class}: class {source.class_names[few]} of {source.name} has only {counts.min()} images"
-        )
-    by_class = np.argsort(labels, kind="stable")  # class after class, each in the source's order
-    starts = np.cumsum(counts) - counts
-    ends = starts + np.minimum(counts, per_class)
-    return np.concatenate([by_class[starts[c] : ends[c]] for c in np.argsort(first)])
+    classes, counts = np.unique(labels, return_counts=True)
+    if counts.min() < start + per_class and not fewer:
+        few = source.class_names[classes[counts.argmin()]]
+        needed = f"{start + per_class} are needed" + f" to begin at {start}" * (start > 0)
+        raise UsageError(f"--subset {per_class}: class {few} of {source.name} has only {counts.min()} images, {needed}")

@@ -10,12 +10,13 @@ k = 20. Protocol and more numbers: README.md in this folder.
 """
 
 import argparse
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from data.datasets import Source
+from data.datasets import ALL, Source, images_per_class
 from data.preprocess import MEAN, STD, eval_transform
 from evaluation import (
     add_data_arguments,
@@ -171,7 +172,7 @@ def baseline_accuracies(
     widths = [pixels, BINS**3, train.shape[1] - pixels - BINS**3]
     names = ("raw pixels", "colour histogram", f"untrained {network.label}")
     return {
-        name: classify(args, bank, queries, sets, world)
+        name: mean_accuracies(classify(args, bank, queries, sets, world))
         for name, bank, queries in zip(names, train.split(widths, dim=1), test.split(widths, dim=1), strict=True)
     }
 
@@ -190,13 +191,28 @@ def table(rows: dict[str, Accuracies], ks: Iterable[int]) -> str:
 
 
 class Sets:
-    """The bank and the test images, what happens to them, and their labels under common class numbers."""
+    """The bank and the test images, what happens to them, and their labels under common class numbers.
+
+    With --subset the bank holds what all --subset_starts need; ``rows``: for every start the rows of its images.
+    """
 
     def __init__(self, args: argparse.Namespace, network: Network):
-        self.train, self.test = open_train_and_test(args.data_path, args.subset)
+        per_class = None if args.subset == ALL else args.subset
+        first, last = min(args.subset_starts), max(args.subset_starts)
+        span = per_class and last - first + per_class
+        self.train, self.test = open_train_and_test(args.data_path, span, first)
         self.train_labels, self.test_labels = common_labels(self.train, self.test)
+        self.rows = {
+            start: bank_rows(self.train_labels, per_class, start - first) if per_class else slice(None)
+            for start in args.subset_starts
+        }
         self.crop_size, self.resize_size = crop_and_resize(args, network)
         self.transform = eval_transform(self.crop_size, self.resize_size)
+
+
+def bank_rows(labels: torch.Tensor, per_class: int, start: int) -> torch.Tensor:
+    """Rows of the images [start, start + per_class) of every class."""
+    return torch.from_numpy(images_per_class(labels.numpy(), per_class, start))
 
 
 def extract(args: argparse.Namespace, model, source: Source, sets: Sets, world: World, feature) -> torch.Tensor:
@@ -246,10 +262,29 @@ def network_features(args: argparse.Namespace, network: Network, sets: Sets, wor
 
 def classify(
     args: argparse.Namespace, bank: torch.Tensor, queries: torch.Tensor, sets: Sets, world: World
-) -> Accuracies:
+) -> dict[int, Accuracies]:
+    """For every one of --subset_starts."""
     device = world.device if args.use_cuda else torch.device("cpu")
-    tensors = [tensor.to(device) for tensor in (bank, sets.train_labels, queries, sets.test_labels)]
-    return knn_classify(*tensors, args.nb_knn, args.temperature, len(sets.train.class_names), world)
+    queries, test_labels = queries.to(device), sets.test_labels.to(device)
+    results = {}
+    for start, rows in sets.rows.items():
+        known, labels = bank[rows].to(device), sets.train_labels[rows].to(device)
+        classes = len(sets.train.class_names)
+        results[start] = knn_classify(
+            known, labels, queries, test_labels, args.nb_knn, args.temperature, classes, world
+        )
+    return results
+
+
+def mean_accuracies(runs: dict[int, Accuracies]) -> Accuracies:
+    """Over the starts."""
+    first, *_ = runs.values()
+    return {k: tuple(statistics.fmean(run[k][part] for run in runs.values()) for part in (0, 1)) for k in first}
+
+
+def deviation(runs: dict[int, Accuracies], k: int) -> float:
+    """Standard deviation of top-1 over the starts (of a sample, n - 1)."""
+    return statistics.stdev(run[k][0] for run in runs.values())
 
 
 def get_args_parser() -> Parser:
@@ -259,6 +294,13 @@ def get_args_parser() -> Parser:
     add = parser.add_argument_group("k-NN").add_argument
     add("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=int, help="numbers of neighbours; 20 is usually best")
     add("--temperature", default=0.07, type=float, help="of the votes exp(similarity / temperature)")
+    add(
+        "--subset_starts",
+        default=[0],
+        nargs="+",
+        type=int,
+        help="first image of every class in the subset; for several, mean and standard deviation are given too",
+    )
     add("--use_cuda", default=True, type=bool_flag, help="compare features on the GPU, if there is one")
     add("--baselines", action="store_true", help="also test raw pixels, a colour histogram and the untrained network")
     add = parser.add_argument_group("results").add_argument
@@ -274,6 +316,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--nb_knn {min(args.nb_knn)}: a vote needs at least one neighbour")
     if not args.temperature > 0:
         raise UsageError(f"--temperature {args.temperature}: must be positive (the default is 0.07)")
+    if min(args.subset_starts) < 0:
+        raise UsageError(f"--subset_starts {min(args.subset_starts)}: the first image of a class is 0")
+    if args.subset_starts != [0] and args.subset in (None, ALL):
+        raise UsageError("--subset_starts chooses the first image of a --subset, and there is none; pass --subset too")
+    if "," in args.checkpoint_key and (args.dump_features or args.load_features):
+        raise UsageError(f"--checkpoint_key {args.checkpoint_key}: features are kept of one network; pass one key")
     check_common_arguments(args)
 
 
@@ -281,28 +329,60 @@ def main() -> None:
     args = get_args_parser().parse_args()
     check_arguments(args)
     keep_large_blocks()
-    world = init_world(args.device, args.dist_url)
+    world = init_world(args.device, args.dist_url, args.backend)
+    keys = args.checkpoint_key.split(",")
+    for number, key in enumerate(keys):
+        if len(keys) > 1:
+            log.info(f"checkpoint key: {key}")
+        evaluate(argparse.Namespace(**{**vars(args), "checkpoint_key": key}), world, append=number > 0)
+
+
+def evaluate(args: argparse.Namespace, world: World, append: bool) -> None:
+    """One network of a checkpoint; ``append``: its result becomes a further line of eval_knn.json."""
     network = network_from_options(args)
     network.model.to(world.device)
     sets = Sets(args, network)
     log.info(f"bank: {sets.train.name}; test: {sets.test.name}; crop {sets.crop_size} of {sets.resize_size} pixels")
     rows = baseline_accuracies(args, network, sets, world) if args.baselines else {}
-    accuracies = classify(args, *network_features(args, network, sets, world), sets, world)
-    for k, (top1, top5) in accuracies.items():
-        log.info(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
+    runs = classify(args, *network_features(args, network, sets, world), sets, world)
+    show(runs)
+    accuracies = mean_accuracies(runs)
     if args.baselines:
         weights = args.pretrained_weights or "random weights"
         log.info("k-NN top-1 in percent\n" + table(rows | {f"{network.label}, {weights}": accuracies}, args.nb_knn))
     if world.rank == 0:
-        numbers = as_numbers(accuracies)
+        numbers = runs_as_numbers(runs)
         numbers |= {"baselines": {name: as_numbers(row) for name, row in rows.items()}} if rows else {}
         data = f"{sets.train.name}; {sets.test.name}"
-        path = write_result(args.output_dir, "eval_knn", network, args.checkpoint_key, data, numbers)
+        path = write_result(args.output_dir, "eval_knn", network, args.checkpoint_key, data, numbers, append)
         log.info(f"written to {path}")
 
 
+def show(runs: dict[int, Accuracies]) -> None:
+    for start, accuracies in runs.items():
+        where = f"from image {start} on: " if len(runs) > 1 else ""
+        for k, (top1, top5) in accuracies.items():
+            log.info(f"{where}{k}-NN classifier result: Top1: {top1}" + f", Top5: {top5}" * (k > 1))
+    if len(runs) > 1:
+        for k, (top1, _) in mean_accuracies(runs).items():
+            log.info(
+                f"{k}-NN, mean of {len(runs)} subsets: Top1: {top1:.4f}, standard deviation {deviation(runs, k):.4f}"
+            )
+
+
+def runs_as_numbers(runs: dict[int, Accuracies]) -> dict:
+    """Means over the starts; where there are several, with the deviation of top-1 and every start's own."""
+    numbers = as_numbers(mean_accuracies(runs))
+    if len(runs) > 1:
+        for k in mean_accuracies(runs):
+            numbers[str(k)]["top1_std"] = deviation(runs, k)
+        numbers["starts"] = {str(start): as_numbers(run) for start, run in runs.items()}
+    return numbers
+
+
 def as_numbers(accuracies: Accuracies) -> dict[str, dict[str, float]]:
-    return {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in accuracies.items()}
+    """For logs and results; the first five of one neighbour are no more than the first."""
+    return {str(k): {"top1": top1} | ({"top5": top5} if k > 1 else {}) for k, (top1, top5) in accuracies.items()}
 
 
 if __name__ == "__main__":

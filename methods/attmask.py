@@ -16,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from data.datasets import ALL
 from methods.base import Clock
 from methods.masked_distillation import MaskedDistillation, mask_grid
 from methods.masking import (
@@ -50,7 +51,9 @@ class AttMask(MaskedDistillation):
         add = parser.add_argument
         add("--masking_prob", default=0.5, type=float, help="share of the global crops that are masked by attention")
         add("--show_max", default=0.1, type=float, help="attmask_hint: hints come from this share of the patches")
-        parser.set_defaults(out_dim=65536)
+        # its test during training: all training images, and the temperature of the teacher
+        knn = {"knn_per_class": ALL, "nb_knn": [10, 20, 100, 200], "knn_temperature": None}
+        parser.set_defaults(out_dim=65536, **knn)
 
     @staticmethod
     def check_arguments(args: argparse.Namespace) -> None:

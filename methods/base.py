@@ -107,6 +107,10 @@ class Method(nn.Module):
         """Label-free signs of life from the latest forward pass (training/health.py says what they mean)."""
         return {}
 
+    def pseudo_labels(self) -> torch.Tensor | None:
+        """Prototype of every image of the latest piece, (batch,) int64 on the device; None where there are none."""
+        return None
+
     def masks(self, batch: dict, clock: Clock) -> torch.Tensor | None:
         """For pictures: the patches that the student will not see, (views, batch, rows, columns) bool of the first
         views; None where nothing is hidden.

@@ -234,10 +234,10 @@ class MaskedDistillation(Method):
         patch_probs = teacher_probabilities(
             patch_logits, self.centres.center2[0], self.teacher_patch_temps[clock.epoch]
         )
-        best = probs.argmax(dim=-1)
-        self.used.index_fill_(0, best, True)
+        self.used.index_fill_(0, probs.argmax(dim=-1), True)
         probs = probs.unflatten(0, (self.teacher_views, -1))
-        self._seen.update(probs=probs, features=classes, prototypes=best[: probs.shape[1]])
+        # parity: pseudo-labels are those of the raw logits, without the centre
+        self._seen.update(probs=probs, features=classes, prototypes=logits[: probs.shape[1]].argmax(dim=-1))
         return probs, patch_probs
 
     def student_vectors(

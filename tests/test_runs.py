@@ -225,6 +225,19 @@ def test_another_run_in_the_folder_is_refused(images, uninterrupted, monkeypatch
     assert (uninterrupted / "checkpoint.pth").read_bytes() == before
 
 
+def test_a_run_may_go_back_to_an_older_checkpoint(images, uninterrupted, tmp_path, monkeypatch):
+    options = {"data_path": images, "output_dir": tmp_path}
+    run_here(monkeypatch, **options)
+    (tmp_path / "checkpoint.pth").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match=r"--load_from nowhere\.pth: no such file"):
+        run_here(monkeypatch, **options, load_from="nowhere.pth")
+    with pytest.raises(UsageError, match=r"checkpoint\.pth"):
+        run_here(monkeypatch, **options, load_from="checkpoint.pth")
+    run_here(monkeypatch, **options, load_from="checkpoint0000.pth")
+    assert_same_run(uninterrupted, tmp_path)
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
 def test_changes_can_be_accepted(images, uninterrupted, tmp_path, monkeypatch):
     for name in ("checkpoint.pth", "log.txt"):
         (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
@@ -402,11 +415,66 @@ def test_online_knn_and_pictures_of_the_bundled_photographs(tmp_path, monkeypatc
     options = {"epochs": 1, "warmup_epochs": 0, "batch_size_per_gpu": 16, "precision": "fp32", "knn_every": 1}
     run_here(monkeypatch, output_dir=tmp_path, subset=2, knn_per_class=2, **options)
     line = json.loads((tmp_path / "log.txt").read_text())
-    assert line["knn10_top1"] > 0
+    assert line["k-NN"]["10"]["top5"] >= line["k-NN"]["10"]["top1"] > 0
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["images"]) == {"attention", "crops"}
-    assert "epoch/knn10_top1" in events.Tags()["scalars"]
+    assert {"epoch/knn10_top1", "epoch/knn20_top5"} <= set(events.Tags()["scalars"])
+
+
+WITH_PSEUDO_LABELS = """
+import os, signal, sys
+import main_pretrain
+from methods.dino import DINO
+from training.online_knn import OnlineKNN
+
+targets, test, folder = DINO.teacher_targets, OnlineKNN.__call__, sys.argv.pop(1)
+
+def watched(self, crops, clock):
+    self.prototypes = (crops[0].mean(dim=(1, 2, 3)) > 0).long()  # bright or dark
+    return targets(self, crops, clock)
+
+def killed_once(self):
+    marker = os.path.join(folder, "killed")
+    if self.args.knn_every == 2 and not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return test(self)
+
+DINO.teacher_targets, DINO.pseudo_labels = watched, lambda self: self.prototypes
+OnlineKNN.__call__ = killed_once
+sys.exit(main_pretrain.main())
+"""
+
+
+def test_pseudo_labels_and_online_knn_survive_two_processes_and_a_kill_within_the_test(tmp_path):
+    for part, count in (("train", 40), ("val", 8)):
+        make_images(tmp_path / part, count)
+    runs = {
+        "one": {"knn_every": 1},
+        "two": {"knn_every": 1, "nproc": 2, "batch_size_per_gpu": 4},
+        "killed": {"knn_every": 2, "knn_data": tmp_path},
+    }
+    script = tmp_path / "script.py"
+    script.write_text(WITH_PSEUDO_LABELS)
+    lines = {}
+    for name, options in runs.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        run = {"script": [str(script), str(folder)], "data_path": tmp_path, "output_dir": folder, **options}
+        if name == "killed":
+            finish(start(**run), code=-signal.SIGKILL)
+            assert (load(folder)["epoch"], load(folder)["tutelage"]["step"]) == (0, 5)
+            assert not (folder / "log.txt").exists()
+        output = finish(start(**run))
+        assert ("NMI: " in output) and output.count(", ACC: -1") == (1 if name == "killed" else 2)
+        lines[name] = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    for one, two, killed in zip(*lines.values(), strict=True):
+        names = ("train_nmi", "train_ari", "train_fscore", "train_adjacc")
+        assert 0 < one["train_nmi"] < 1 and one["train_adjacc"] == -1
+        assert [two[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-9)
+        assert killed == one and two["k-NN"] == one["k-NN"]
+    assert_same_run(tmp_path / "one", tmp_path / "killed")
 
 
 def test_every_command_ends_in_one_line_when_it_is_refused(images, tmp_path):

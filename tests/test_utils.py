@@ -106,6 +106,14 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
         init_world("cuda")
 
 
+def test_nccl_without_a_gpu_is_refused(monkeypatch):
+    with pytest.raises(UsageError, match=r"--backend nccl: .*pass --backend gloo"):
+        init_world("cpu", backend="nccl")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UsageError, match="--backend nccl"):
+        init_world("auto", backend="nccl")
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():

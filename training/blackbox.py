@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data.datasets import open_source
+from data.datasets import open_source, training_path
 from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
 from methods import method_class
 from methods.base import Clock, Method
@@ -86,7 +86,7 @@ def replay(path: Path, overrides: dict, world: World) -> int:
         raise UsageError(f"--replay {path}: not a file of a step that was not finite")
     args = argparse.Namespace(**{**state["args"], "use_fp16": None, **overrides})
     resolve_precision(args, world.device)
-    source = open_source(args.data_path, args.subset)
+    source = open_source(training_path(args.data_path), args.subset)
     cls = method_class(args.method)
     method = cls.build(args).to(world.device, batch_dtype(args.precision))
     for key, part in method.checkpoint_parts().items():

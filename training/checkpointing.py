@@ -76,12 +76,12 @@ def _keep_as(path: Path, name: Path) -> None:
     os.replace(temporary, name)
 
 
-def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest readable checkpoint of a run; a damaged one is passed over with a warning.
+def find_checkpoint(folder: Path, name: str | None = None) -> tuple[Path, dict] | None:
+    """The file ``name`` of a run, or else its newest readable checkpoint; damaged ones are passed over with a warning.
 
     Raises CheckpointError when there are checkpoints and none can be read.
     """
-    paths = [folder / name for name in (LATEST, PREVIOUS) if (folder / name).exists()]
+    paths = [folder / name for name in ([name] if name else (LATEST, PREVIOUS)) if (folder / name).exists()]
     for path in paths:
         try:
             return path, load_file(path)
@@ -94,11 +94,11 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
 
 
 def resume(run) -> tuple[int, int]:
-    """Continue the run in --output_dir if there is one. Returns (epoch, step) to begin with.
+    """Continue the run in --output_dir if there is one, or --load_from. Returns (epoch, step) to begin with.
 
     Raises UsageError when what is there belongs to another run, naming every difference.
     """
-    found = find_checkpoint(Path(run.args.output_dir))
+    found = find_checkpoint(Path(run.args.output_dir), run.args.load_from)
     if found is None:
         return 0, 0
     path, state = found

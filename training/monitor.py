@@ -167,8 +167,16 @@ class Monitor:
 
     # ---- every epoch ------------------------------------------------------------------------------------------------
 
-    def end_epoch(self, epoch: int, extra: dict[str, float]) -> dict[str, float]:
-        """Averages over the epoch and all processes, written to log.txt; the meters begin anew."""
+    def note(self, values: dict[str, float]) -> None:
+        """Measures of the whole epoch, the same on all processes; checkpoints keep them like those of the steps."""
+        for name, value in values.items():
+            self._meter(name).add(value)
+
+    def end_epoch(self, epoch: int, knn: dict[str, dict[str, float]]) -> dict:
+        """Averages over the epoch and all processes, written to log.txt and TensorBoard; the meters begin anew.
+
+        ``knn``: for every number of neighbours its accuracies in percent; empty where there was no test.
+        """
         self.flush()
         names = [name for name in self.meters if name not in ("time", "data")]
         sums = torch.tensor([[self.meters[n].total, self.meters[n].count] for n in names], dtype=torch.float64)
@@ -177,11 +185,14 @@ class Monitor:
         first = [name for name in ("loss", "lr", "wd") if name in averages]
         rest = [name for name in names if name not in first]
         line = {f"train_{name}": averages[name] for name in first}
-        line |= {"epoch": epoch, **{f"train_{n.removeprefix('health/')}": averages[n] for n in rest}, **extra}
+        line |= {"epoch": epoch, **{f"train_{n.removeprefix('health/')}": averages[n] for n in rest}}
+        line |= {"k-NN": knn} if knn else {}
         if self.world.rank == 0:
             with open(self.output_dir / "log.txt", "a") as file:
                 file.write(json.dumps(line) + "\n")
-            for name, value in extra.items():
+            scalars = {name.removeprefix("health/"): value for name, value in averages.items()}
+            scalars |= {f"knn{k}_{name}": value for k, row in knn.items() for name, value in row.items()}
+            for name, value in scalars.items():
                 self.writer.add_scalar(f"epoch/{name}", value, (epoch + 1) * self.niter)
         log.info("Averaged stats: %s", "  ".join(f"{name}: {averages[name]:.6g}" for name in names))
         self.meters.clear()

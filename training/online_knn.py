@@ -1,29 +1,33 @@
 """Is it learning? Weighted k-NN of the teacher's features during training, on images with labels."""
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
 
-from data.datasets import Source, SubsetSource
+from data.datasets import ALL, Source, SubsetSource, training_path
 from data.preprocess import eval_transform
-from eval_knn.eval_knn import knn_classify
+from eval_knn.eval_knn import as_numbers, knn_classify
 from evaluation import common_labels, open_train_and_test
-from features import extract_features
+from features import block_class_tokens, class_token, extract_features, labels_of
+from models import is_vision_transformer
 from utils import UsageError, World, log
-
-NEIGHBOURS = (10, 20)
 
 
 class OnlineKNN:
     """The test, or nothing where no labelled images are known (``reason`` says why)."""
 
-    def __init__(self, args: argparse.Namespace, world: World):
-        self.args, self.world = args, world
+    def __init__(self, args: argparse.Namespace, world: World, backbone: torch.nn.Module):
+        self.args, self.world, self.backbone = args, world, backbone
+        blocks = len(backbone.blocks) if is_vision_transformer(args.arch) else 1
+        if args.n_last_blocks > blocks:
+            raise UsageError(f"--n_last_blocks {args.n_last_blocks}: {args.arch} gives features of {blocks} block(s)")
+        self.temperature = args.teacher_temp if args.knn_temperature is None else args.knn_temperature
         self.sets: tuple[Source, Source] | None = None
         folder = args.knn_data
         if folder is None and args.data_path is not None:
-            folder = str(Path(args.data_path).parent)
+            folder = str(Path(os.path.abspath(training_path(args.data_path))).parent)
         self.reason = self._open(folder) if args.knn_every else "off (--knn_every 0)"
         log.info("online k-NN: %s", self.reason or " against ".join(source.name for source in self.sets))
         crop = getattr(args, "global_crops_size", 224)
@@ -33,32 +37,50 @@ class OnlineKNN:
         """Open the images. Returns why there are none; raises UsageError only for a folder the user named."""
         try:
             train, test = open_train_and_test(folder, None)
-            bank_labels, query_labels = common_labels(train, test)
+            _, query_labels = common_labels(train, test)
         except UsageError as error:
             if self.args.knn_data is not None:
                 raise UsageError(f"--knn_data {folder}: {error}") from None
             return f"off, since there are no labelled images beside the training data ({error})"
-        bank = SubsetSource(train, self.args.knn_per_class, fewer=True)
-        self.sets, self.labels = (bank, test), (bank_labels[bank.positions], query_labels)
+        subset = self.args.subset if self._trains_on(folder) else None  # what it may learn from is what it may know
+        limits = [limit for limit in (subset, self.args.knn_per_class) if limit not in (None, ALL)]
+        bank = SubsetSource(train, min(limits), fewer=True) if limits else train
+        self.sets, self.labels = (bank, test), (labels_of(bank), query_labels)
         return ""
 
-    def __call__(self, backbone: torch.nn.Module) -> dict[str, float]:
-        """Top-1 in percent for every number of neighbours; the same on all processes."""
-        if self.sets is None:
-            return {}
+    def _trains_on(self, folder: str | None) -> bool:
+        trained = training_path(self.args.data_path)
+        if folder is None or trained is None:
+            return folder is trained  # the bundled photographs
+        return os.path.samefile(trained, Path(folder) / "train")
+
+    def due(self, epoch: int) -> bool:
+        """In the first epoch, every --knn_every epochs after it, and in the last, as the original has it."""
+        return self.sets is not None and (epoch % self.args.knn_every == 0 or epoch + 1 == self.args.epochs)
+
+    def __call__(self) -> dict[str, dict[str, float]]:
+        """Top-1 and top-5 in percent for every number of neighbours; the same on all processes."""
         bank, queries = (
             extract_features(
-                backbone,
+                self.backbone,
                 source,
                 self.transform,
                 world=self.world,
                 batch_size=self.args.batch_size_per_gpu,
                 num_workers=self.args.num_workers,
                 device=self.world.device,
+                feature=self._feature,
             )[0]
             for source in self.sets
         )
-        accuracy = knn_classify(bank, self.labels[0], queries, self.labels[1], NEIGHBOURS, world=self.world)
-        results = {f"knn{k}_top1": top1 for k, (top1, _) in accuracy.items()}
-        log.info("online k-NN: %s", ", ".join(f"{name} {value:.2f}" for name, value in results.items()))
-        return results
+        device = self.world.device if self.args.use_cuda else torch.device("cpu")
+        tensors = [tensor.to(device) for tensor in (bank, self.labels[0], queries, self.labels[1])]
+        numbers = as_numbers(knn_classify(*tensors, self.args.nb_knn, self.temperature, world=self.world))
+        for k, row in numbers.items():
+            log.info("online k-NN, k = %s: %s", k, ", ".join(f"{name} {value:.2f}" for name, value in row.items()))
+        return numbers
+
+    def _feature(self, model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        images = images.to(next(model.parameters()).dtype)
+        count = self.args.n_last_blocks
+        return class_token(model, images) if count == 1 else block_class_tokens(model, images, count)

@@ -5,21 +5,23 @@ from pathlib import Path
 
 import torch
 
+from data.datasets import ALL, check_subset
 from methods import METHODS, method_class
 from methods.base import Method
 from models import SWINS, VITS, backbone_names, check_swin_patch, is_swin, is_vision_transformer
 from training.optim import OPTIMIZERS
 from training.precision import PRECISIONS, has_bf16
 from training.presets import nearest_preset, read_preset
-from utils import Parser, UsageError, World, bool_flag, check_writable, nearest
+from utils import BACKENDS, Parser, UsageError, World, bool_flag, check_writable, nearest
 
 # Options that cannot change what a run computes, so that it may be continued with others. The batch may be divided
 # differently among processes and pieces as long as its size stays (checked where a run is resumed).
 FREE_OPTIONS = {
     *("config", "data_path", "output_dir", "num_workers", "device", "dist_url", "local_rank", "batch_size_per_gpu"),
     *("accum_iter", "grad_checkpointing", "compile", "deterministic", "saveckp_freq", "save_every_minutes"),
-    *("print_freq", "knn_every", "knn_data", "knn_per_class", "max_bad_images", "max_skipped"),
-    *("dry_run", "replay", "accept_changes", "use_fp16"),
+    *("knn_every", "knn_data", "knn_per_class", "nb_knn", "n_last_blocks", "knn_temperature", "use_cuda"),
+    *("print_freq", "max_bad_images", "max_skipped"),
+    *("dry_run", "replay", "accept_changes", "use_fp16", "load_from", "backend"),
 }
 
 
@@ -43,11 +45,15 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--arch", default="vit_small", help=f"{', '.join((*VITS, *SWINS))}, a torchvision resnet, or timm/<name>")
     add("--patch_size", default=16, type=int, help="pixels; transformers only. 8 is better and slower than 16; Swin: 4")
     add("--window_size", default=7, type=int, help="patches along a side of Swin's windows; EsViT also has 14")
-    add("--drop_path_rate", default=0.1, type=float, help="stochastic depth of the student's last block")
+    add("--drop_path_rate", "--drop_path", default=0.1, type=float, help="stochastic depth of the student's last block")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", help="folder, list (.txt) or zip of images; left out: the bundled photographs")
-    add("--subset", type=int, metavar="N", help="only the first N images of every class")
+    add(
+        "--data_path",
+        help="folder, list (.txt) or zip of images, or a folder with train/ and val/, whose train/ is used; "
+        "left out: the bundled photographs",
+    )
+    add("--subset", type=int, metavar="N", help="only the first N images of every class; -1: all")
     add("--augment", default="fast", choices=["fast", "pil"], help="pil: the original's pixels, bit for bit; slower")
     add("--num_workers", default=10, type=int, help="data loading processes per GPU; no influence on the numbers")
     add("--max_bad_images", default=0.01, type=float, help="stop when a larger share of the images is unreadable")
@@ -75,18 +81,37 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add = parser.add_argument_group("checkpoints and logs").add_argument
     add("--saveckp_freq", default=20, type=int, help="keep a numbered checkpoint every so many epochs")
     add("--save_every_minutes", default=30.0, type=float, help="also save within an epoch; 0 does not")
+    add(
+        "--load_from",
+        metavar="FILE",
+        help="continue from this checkpoint in --output_dir; left out: from the newest, if there is one. "
+        "A command that is started again and again goes on only without it",
+    )
     add("--accept_changes", action="store_true", help="continue the run found although its options differ")
     add("--max_skipped", default=20, type=int, help="stop after so many steps in a row that were not finite")
     add("--print_freq", default=10, type=int, help="steps between two lines of progress and health")
-    add("--knn_every", default=10, type=int, help="epochs between two online k-NN tests and attention maps; 0: never")
-    add("--knn_data", metavar="DIR", help="with train/ and val/; left out: beside --data_path, or bundled")
-    add("--knn_per_class", default=100, type=int, help="training images per class in the online k-NN test")
+
+    add = parser.add_argument_group("online k-NN").add_argument
+    add(
+        *("--knn_every", "--eval_every"),
+        default=10,
+        type=int,
+        help="epochs between two tests (and attention maps), from the first epoch on; the last is tested too; 0: never",
+    )
+    add("--knn_data", metavar="DIR", help="with train/ and val/; left out: beside the training images, or bundled")
+    add("--knn_per_class", default=100, type=int, help="training images per class, within --subset; -1: all")
+    add("--nb_knn", default=[10, 20], nargs="+", type=int, help="numbers of neighbours")
+    add("--n_last_blocks", default=1, type=int, help="features: class tokens of so many last blocks")
+    add("--knn_temperature", default=0.07, type=float, help="of the votes exp(similarity / temperature)")
+    add("--use_cuda", default=True, type=bool_flag, help="compare features on the GPU, if there is one")
 
     add = parser.add_argument_group("processes").add_argument
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: GPUs when there are any")
     add("--dist_url", default="env://", help="how processes find each other")
+    add("--backend", choices=BACKENDS, help="how they talk; left out: nccl on GPUs, gloo on processors")
     add("--local_rank", "--local-rank", type=int, help="ignored; old launchers pass it")
-    method.add_arguments(own)  # last, so that a method can set other defaults of the options above
+
+    method.add_arguments(own)  # last, since it may set other defaults of the options above
     return parser
 
 
@@ -124,7 +149,7 @@ def check_options(args: argparse.Namespace, world: World) -> None:
     """Refuse what cannot work, before data is listed or a network built. Every message names value and remedy."""
     positive = {
         *("batch_size_per_gpu", "accum_iter", "epochs", "patch_size", "window_size"),
-        *("saveckp_freq", "print_freq", "max_skipped", "knn_per_class"),
+        *("saveckp_freq", "print_freq", "max_skipped", "n_last_blocks"),
     }
     for name in sorted(positive):
         if getattr(args, name) < 1:
@@ -134,8 +159,8 @@ def check_options(args: argparse.Namespace, world: World) -> None:
             raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
     if not 0 <= args.max_bad_images <= 1:
         raise UsageError(f"--max_bad_images {args.max_bad_images}: a share of the images, from 0 to 1")
-    if args.subset is not None and args.subset < 1:
-        raise UsageError(f"--subset {args.subset}: must be at least 1 image per class (leave it out for all)")
+    check_subset(args.subset)
+    args.subset = None if args.subset == ALL else args.subset  # two ways to write the same run
     if args.warmup_epochs > args.epochs:
         raise UsageError(f"--warmup_epochs {args.warmup_epochs} is longer than --epochs {args.epochs}")
     if not 0 <= args.drop_path_rate < 1:
@@ -148,9 +173,12 @@ def check_options(args: argparse.Namespace, world: World) -> None:
             f"nearest {' or '.join(near)}"
         )
     _check_arch(args)
+    _check_knn(args)
     method_class(args.method).check_arguments(args)
     resolve_precision(args, world.device)
     check_writable(Path(args.output_dir))
+    if args.load_from and not (Path(args.output_dir) / args.load_from).is_file():
+        raise UsageError(f"--load_from {args.load_from}: no such file in --output_dir {args.output_dir}")
 
 
 def _check_arch(args: argparse.Namespace) -> None:
@@ -160,6 +188,15 @@ def _check_arch(args: argparse.Namespace) -> None:
         raise UsageError(f"--patch_size {args.patch_size} does not divide 224 pixels; 8, 14, 16 and 32 do")
     if is_swin(args.arch):
         check_swin_patch(args.patch_size)
+
+
+def _check_knn(args: argparse.Namespace) -> None:
+    if args.knn_per_class < 1 and args.knn_per_class != ALL:
+        raise UsageError(f"--knn_per_class {args.knn_per_class}: must be at least 1 ({ALL}: all)")
+    if min(args.nb_knn) < 1:
+        raise UsageError(f"--nb_knn {min(args.nb_knn)}: a vote needs at least one neighbour")
+    if args.knn_temperature is not None and not args.knn_temperature > 0:  # None: a method's teacher_temp
+        raise UsageError(f"--knn_temperature {args.knn_temperature}: must be positive (the default is 0.07)")
 
 
 def compare_with_presets(args: argparse.Namespace, world_size: int) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from data.datasets import BadImage, open_source
+from data.datasets import BadImage, SubsetSource, open_source, training_path
 from tests.data.helpers import encoded, photograph, write_folder, write_image
 from utils import UsageError
 
@@ -259,6 +259,24 @@ def test_a_subset_takes_the_first_images_of_every_class_in_order_of_appearance(t
     assert len(pickle.dumps(source)) < 1000
 
 
+def test_a_subset_may_begin_at_a_later_image(tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(f"{i}.png\t{c}" for i, c in enumerate("cacbabccab")))
+    first, later = (open_source(str(tmp_path / "list.txt"), subset=1, start=start) for start in (0, 2))
+    assert [Path(name).name for name in names(later)] == ["6.png", "8.png", "9.png"]
+    assert first.fingerprint != later.fingerprint and "1 per class from image 2 on (3 images)" in later.name
+    assert names(pickle.loads(pickle.dumps(later))) == names(later)
+    short = SubsetSource(later.source, 5, start=3, fewer=True)
+    assert [Path(name).name for name in names(short)] == ["7.png"]
+
+
+def test_a_root_with_train_and_val_stands_for_its_training_images(tmp_path):
+    for part in ("train", "val"):
+        assert training_path(str(tmp_path)) == str(tmp_path)
+        (tmp_path / part).mkdir()
+    assert training_path(str(tmp_path)) == str(tmp_path / "train") == training_path(str(tmp_path / "train"))
+    assert training_path(None) is None
+
+
 def test_a_subset_reads_its_own_images(tmp_path):
     root = write_folder(tmp_path / "train", ["a/1.png", "a/2.png", "b/1.png", "b/2.png"])
     whole, part = open_source(str(root)), open_source(str(root), subset=1)
@@ -269,7 +287,10 @@ def test_a_subset_reads_its_own_images(tmp_path):
 def test_a_subset_that_cannot_be_taken_says_why(tmp_path):
     (tmp_path / "list.txt").write_text("0.png\ta\n1.png\ta\n2.png\tb")
     assert "class b" in error(str(tmp_path / "list.txt"), subset=2)
-    assert "at least 1" in error(str(tmp_path / "list.txt"), subset=0)
+    assert "class b" in error(str(tmp_path / "list.txt"), subset=1, start=1)
+    for wrong in (0, -2):
+        assert "at least 1 (-1: all)" in error(str(tmp_path / "list.txt"), subset=wrong)
+    assert len(open_source(str(tmp_path / "list.txt"), subset=-1)) == 3
     (tmp_path / "list.txt").write_text("0.png\n1.png")
     assert "some without label" in error(str(tmp_path / "list.txt"), subset=1)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluation
+from data.datasets import SubsetSource
 from eval_knn.eval_knn import (
     colour_histogram,
     knn_classify,
@@ -162,7 +164,11 @@ def test_the_table_is_aligned():
 def evaluate(monkeypatch, tmp_path, capsys):
     """Run the script in this process on stripes: (exit code, standard output, standard error)."""
     monkeypatch.setattr(
-        evaluation, "open_source", lambda path, subset=None, split="train": Stripes(seed=int(split != "train"))
+        evaluation,
+        "open_source",
+        lambda path, subset=None, split="train", start=0: (
+            SubsetSource(Stripes(), subset, start) if subset else Stripes(seed=int(split != "train"))
+        ),
     )
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -192,10 +198,50 @@ def test_it_prints_the_originals_lines_and_writes_one_json(evaluate, tmp_path):
     result = json.loads(text)
     assert list(result) == ["evaluation", "checkpoint", "checkpoint_key", "arch", "data", "numbers"]
     assert (result["checkpoint"], result["checkpoint_key"], result["arch"]) == (str(path), "teacher", "vit_micro/8")
-    for k in (1, 5):
-        top1, top5 = result["numbers"][str(k)].values()
-        assert f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}" in said
+    top1, top5 = result["numbers"]["5"].values()
+    assert f"5-NN classifier result: Top1: {top1}, Top5: {top5}\n" in said
+    assert list(result["numbers"]["1"]) == ["top1"]  # the first of one neighbour is all there is
+    assert f"1-NN classifier result: Top1: {result['numbers']['1']['top1']}\n" in said
     assert result["numbers"]["1"]["top1"] > 40  # four classes that differ in colour
+
+
+def test_several_starts_are_one_extraction_and_a_mean(evaluate, tmp_path):
+    network = ("--pretrained_weights", micro(tmp_path), "--crop_size", 32, "--nb_knn", 1, 3, "--subset", 2)
+    read = lambda: json.loads((tmp_path / "out" / "eval_knn.json").read_text())["numbers"]  # noqa: E731
+    alone = {}
+    for start in (1, 4, 3):
+        code, _, error = evaluate(*network, "--subset_starts", start)
+        assert code == 0, error
+        alone[str(start)] = read()
+    code, said, error = evaluate(*network, "--subset_starts", 1, 4, 3)
+    assert code == 0, error
+    numbers = read()
+    assert numbers["starts"] == alone
+    assert "5 per class from image 1 on (20 images): 20 of 20 images" in said
+    for k in ("1", "3"):
+        values = [run[k]["top1"] for run in alone.values()]
+        assert numbers[k]["top1"] == pytest.approx(statistics.mean(values))
+        assert numbers[k]["top1_std"] == pytest.approx(statistics.stdev(values))
+        assert f"{k}-NN, mean of 3 subsets: Top1: {numbers[k]['top1']:.4f}, standard deviation" in said
+    assert "from image 4 on: 3-NN classifier result" in said
+    code, _, error = evaluate(*network, "--subset_starts", 5)
+    assert code == 2 and "has only 6 images, 7 are needed to begin at 5" in error and error.count("\n") == 1
+
+
+def test_several_keys_give_a_line_each(evaluate, tmp_path):
+    torch.manual_seed(1)
+    student = build_backbone("vit_micro", 8, img_size=32).state_dict()
+    path = micro(tmp_path, student={f"module.backbone.{name}": tensor for name, tensor in student.items()})
+    options = ("--pretrained_weights", path, "--crop_size", 32, "--nb_knn", 3)
+    results = []
+    for key in ("student", "teacher", "student,teacher"):
+        code, _, error = evaluate(*options, "--checkpoint_key", key)
+        assert code == 0, error
+        results.append([json.loads(line) for line in (tmp_path / "out" / "eval_knn.json").read_text().splitlines()])
+    assert results[0] + results[1] == results[2]
+    assert [result["checkpoint_key"] for result in results[2]] == ["student", "teacher"]
+    code, _, error = evaluate(*options, "--checkpoint_key", "student,teacher", "--dump_features", tmp_path / "kept")
+    assert code == 2 and "features are kept of one network" in error
 
 
 def test_without_weights_it_says_loudly_that_they_are_random(evaluate, tmp_path):
@@ -243,6 +289,10 @@ def test_kept_features_are_used_again_and_never_for_another_checkpoint(evaluate,
         (["--pretrained_weights", "README.md"], ["README.md"]),
         (["--data_path", "no/where"], ["--data_path no/where", "train/"]),
         (["--nb_knn", "0"], ["--nb_knn 0"]),
+        (["--subset", "0"], ["--subset 0"]),
+        (["--subset_starts", "5"], ["--subset_starts", "pass --subset too"]),
+        (["--subset", "1", "--subset_starts", "0", "-1"], ["--subset_starts -1"]),
+        (["--backend", "nccl"], ["--backend nccl"]),
         (["--temperature", "0"], ["--temperature 0"]),
         (["--crop_size", "8"], ["--crop_size 8", "patch"]),
         (["--crop_size", "64", "--resize_size", "32"], ["--resize_size 32"]),

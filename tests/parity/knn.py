@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from eval_knn.eval_knn import class_votes, knn_classify, neighbours_in_chunks
+from eval_knn.eval_knn import bank_rows, class_votes, knn_classify, mean_accuracies, neighbours_in_chunks
 from tests.parity import Case
 
 
@@ -34,4 +34,43 @@ def weighted_knn(case: Case) -> Iterator[tuple]:
                 yield f"accuracy k={k} {name} in {working_bytes} bytes", top1 if name == "top1" else top5, value
 
 
-RUNNERS = {"eval_core/knn_*": weighted_knn}
+def low_shot(case: Case) -> Iterator[tuple]:
+    train, labels, test, test_labels = knn_tensors(case)
+    done: dict[tuple, dict] = {}  # (images per class, k) -> what its starts gave
+    for run in case.entry["outputs"]["runs"]:
+        per_class, k = run["subset"], run["nb_knn"]
+        runs = done.setdefault((per_class, k), {})
+        label = f"runs of {per_class} per class, k={k}"
+        if "mean_top1_over_starts" in run:
+            yield f"{label}, mean", mean_accuracies(runs)[k][0], run["mean_top1_over_starts"]
+            continue
+        start = run["subset_starts"]
+        rows = bank_rows(labels, per_class, start)
+        classes = case.params["num_classes"]
+        runs[start] = knn_classify(train[rows], labels[rows], test, test_labels, [k], run["temperature"], classes)
+        yield from known_accuracies(f"{label}, from {start}", runs[start][k], run)
+
+
+def whole_bank(case: Case) -> Iterator[tuple]:
+    for run in case.entry["outputs"]["runs"]:
+        k, temperature = run["k"], run["T"]
+        found = knn_classify(*knn_tensors(case), [k], temperature, case.params["num_classes"])
+        yield from known_accuracies(f"runs with k={k}, T={temperature}", found[k], run)
+
+
+def knn_tensors(case: Case) -> list[torch.Tensor]:
+    return [case.tensor(f"{side}_{kind}") for side in ("train", "test") for kind in ("features", "labels")]
+
+
+def known_accuracies(label: str, found: tuple[float, float], run: dict) -> Iterator[tuple]:
+    """A top-5 that ties left open is not recorded."""
+    for name, value in zip(("top1", "top5"), found, strict=True):
+        if run[name] is not None:
+            yield f"{label}, {name}", value, run[name]
+
+
+RUNNERS = {
+    "eval_core/knn_*": weighted_knn,
+    "attmask/lowshot_knn": low_shot,
+    "attmask/knn_full": whole_bank,
+}

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from main_pretrain import Run, train_one_epoch
@@ -23,6 +24,7 @@ from training.blackbox import BlackBox
 from training.consensus import Consensus
 from training.monitor import Monitor
 from training.optim import build_optimizer
+from training.pseudo_labels import PseudoLabels
 from utils import World, cosine_scheduler, warmup_scheduler
 
 
@@ -71,7 +73,7 @@ class DINODiary(Diary):
         self.steps.append({"student_logits_sum": student, "teacher_logits_sum": teacher})
 
 
-def build_run(p: dict, method: Method, folder: Path) -> Run:
+def build_run(p: dict, method: Method, folder: Path, labels: np.ndarray) -> Run:
     """The run main_pretrain.py would build from these options."""
     options = {"clip_grad": p["clip_grad"], "seed": 0, "accum_iter": 1, "precision": "fp64", "save_every_minutes": 0}
     limits = {"max_skipped": 1, "max_bad_images": 0.0, "output_dir": str(folder)}
@@ -97,15 +99,18 @@ def build_run(p: dict, method: Method, folder: Path) -> Run:
         monitor=monitor,
         consensus=Consensus(world.device),
         blackbox=BlackBox(args, 1, world),
+        pseudo_labels=PseudoLabels(labels, world),
     )
 
 
-def train(p: dict, method: Method, pieces: Iterator[dict]) -> list[dict]:
-    """All epochs; returns the averages that each of them logged."""
+def train(p: dict, method: Method, pieces: Iterator[dict], labels: np.ndarray | None = None) -> list[dict]:
+    """All epochs; returns the averages that each of them logged. ``labels``: of the images of all steps, in order."""
     with tempfile.TemporaryDirectory() as folder:
-        run, stats = build_run(p, method, Path(folder)), []
+        run = build_run(p, method, Path(folder), np.full(1, -1) if labels is None else labels)
+        stats = []
         for epoch in range(p["epochs"]):
             train_one_epoch(run, epoch, pieces)
+            run.monitor.note(run.pseudo_labels.end_epoch())
             line = run.monitor.end_epoch(epoch, {})
             stats.append({name.removeprefix("train_"): value for name, value in line.items()})
     return stats
@@ -138,7 +143,13 @@ def crop_pieces(case: Case) -> Iterator[dict]:
     for step in range(p["epochs"] * p["iters_per_epoch"]):
         piece = {"crops": [case.tensor(name) for name in case.names(f"in/step{step}_crop")]}
         masks = [case.tensor(name) for name in case.names(f"in/step{step}_mask")]
-        yield with_masks(piece, masks) | {"indices": torch.zeros(0), "bad": [], "first_sample": 0}
+        yield with_masks(piece, masks) | numbered(step, piece)
+
+
+def numbered(step: int, piece: dict) -> dict:
+    """What the loader says of a piece: its images, each seen once in the whole run."""
+    batch = len(piece["crops"][0])
+    return {"indices": step * batch + torch.arange(batch), "bad": [], "first_sample": 0}
 
 
 def with_masks(piece: dict, masks: list[torch.Tensor]) -> dict:
@@ -211,7 +222,8 @@ def ibot_trajectory(case: Case) -> Iterator[tuple]:
     method.student.load_state_dict(case.state("student0"))
     method.teacher.load_state_dict(case.state("teacher0"))
     diary = Diary(method)
-    stats = train(p, method, crop_pieces(case))
+    labels = [case.arrays[f"in/step{step}_labels"] for step in range(p["epochs"] * p["iters_per_epoch"])]
+    stats = train(p, method, crop_pieces(case), np.concatenate(labels))
     yield from compare_steps(case, diary, stats)
 
 
@@ -226,7 +238,9 @@ def attmask_trajectory(case: Case) -> Iterator[tuple]:
     shown: list[dict[str, torch.Tensor]] = []
     watch_masks(case, method, shown)
     diary = Diary(method)
-    stats = train(p, method, attmask_pieces(case, hyper))
+    assert case.params["labels"] == "arange(B)%2"
+    labels = np.tile(np.arange(hyper["batch_size"]) % 2, hyper["epochs"] * hyper["iters_per_epoch"])
+    stats = train(p, method, attmask_pieces(case, hyper), labels)
 
     tensors = (1e-6, 1e-9)
     for name in ("loss", "cls", "patch"):
@@ -294,7 +308,7 @@ def attmask_pieces(case: Case, hyper: dict) -> Iterator[dict]:
     for step in range(hyper["epochs"] * hyper["iters_per_epoch"]):
         views = [torch.from_numpy(value).to(case.dtype) for name, value in crops.items() if f"step{step}_crop" in name]
         masks = case.tensor(f"mask_step{step}").unflatten(1, (side, side)).chunk(hyper["ng"])
-        yield with_masks({"crops": views}, masks) | {"indices": torch.zeros(0), "bad": [], "first_sample": 0}
+        yield with_masks({"crops": views}, masks) | numbered(step, {"crops": views})
 
 
 RUNNERS = {

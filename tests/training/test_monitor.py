@@ -22,11 +22,13 @@ def test_log_txt_begins_with_the_keys_of_the_original(tmp_path):
     m = monitor(tmp_path)
     m.open(0, 0)
     record(m, 0, [1.0, 2.0, 3.0])
-    m.end_epoch(0, {"knn10_top1": 50.0})
+    m.note({"nmi": 0.25})
+    m.end_epoch(0, {"10": {"top1": 50.0, "top5": 75.0}})
     m.close()
     line = json.loads((tmp_path / "log.txt").read_text())
     assert list(line)[:4] == ["train_loss", "train_lr", "train_wd", "epoch"]
-    assert (line["train_loss"], line["epoch"], line["knn10_top1"]) == (2.0, 0, 50.0)
+    assert (line["train_loss"], line["epoch"], line["train_nmi"]) == (2.0, 0, 0.25)
+    assert line["k-NN"] == {"10": {"top1": 50.0, "top5": 75.0}}
     assert line["train_wd"] == pytest.approx(0.4)
 
 
@@ -52,19 +54,30 @@ def test_an_interrupted_epoch_has_the_average_of_a_whole_one(tmp_path):
     assert second.end_epoch(0, {})["train_loss"] == 3.0
 
 
+def test_an_epoch_that_only_lacks_its_test_keeps_its_measures(tmp_path):
+    first, second = monitor(tmp_path, rank=1), monitor(tmp_path, rank=1)
+    record(first, 0, [1.0, 2.0, 3.0])
+    first.note({"nmi": 0.25})
+    second.load_state_dict(first.state_dict())
+    line = second.end_epoch(0, {})
+    assert (line["train_loss"], line["train_nmi"]) == (2.0, 0.25) and "k-NN" not in line
+
+
 def test_tensorboard_shows_losses_schedules_health_and_speed(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     m = monitor(tmp_path)
     m.open(0, 0)
     record(m, 0, [1.0, 2.0, 3.0])
-    m.end_epoch(0, {"knn10_top1": 50.0})
+    m.note({"nmi": 0.25})
+    m.end_epoch(0, {"10": {"top1": 50.0, "top5": 75.0}})
     m.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
     assert tags >= {"train/loss", "schedule/lr", "schedule/weight_decay", "schedule/momentum", "health/centre_norm"}
-    assert tags >= {"speed/images_per_second", "speed/data_wait_share", "speed/max_memory_mb", "epoch/knn10_top1"}
+    assert tags >= {"speed/images_per_second", "speed/data_wait_share", "speed/max_memory_mb"}
+    assert tags >= {"epoch/loss", "epoch/centre_norm", "epoch/nmi", "epoch/knn10_top1", "epoch/knn10_top5"}
 
 
 def test_a_problem_is_said_once_per_epoch(tmp_path, caplog):

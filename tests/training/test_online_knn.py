@@ -7,27 +7,87 @@ import torch
 
 from models import build_backbone
 from tests.launch import make_images
+from training import online_knn
 from training.online_knn import OnlineKNN
 from utils import UsageError, World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
-def online(data_path=None, knn_data=None, **options) -> OnlineKNN:
-    defaults = {"knn_every": 1, "knn_per_class": 100, "global_crops_size": 32, "batch_size_per_gpu": 8}
-    paths = {"data_path": data_path and str(data_path), "knn_data": knn_data and str(knn_data)}
-    return OnlineKNN(argparse.Namespace(**{**defaults, **paths, "num_workers": 0, **options}), ALONE)
+def online(data_path=None, knn_data=None, backbone=None, **options) -> OnlineKNN:
+    args = {
+        "data_path": data_path and str(data_path),
+        "knn_data": knn_data and str(knn_data),
+        "subset": None,
+        "arch": "vit_micro",
+        "knn_every": 1,
+        "epochs": 10,
+        "knn_per_class": 100,
+        "nb_knn": [10, 20],
+        "n_last_blocks": 1,
+        "knn_temperature": 0.07,
+        "use_cuda": True,
+        "global_crops_size": 32,
+        "batch_size_per_gpu": 8,
+        "num_workers": 0,
+    }
+    backbone = backbone or build_backbone("vit_micro", 8, img_size=32)
+    return OnlineKNN(argparse.Namespace(**{**args, **options}), ALONE, backbone)
+
+
+def labelled(root, train=9, val=4):
+    """A root with train/ (at first five and four images of two classes) and val/."""
+    make_images(root / "train", count=train, classes=2)
+    make_images(root / "val", count=val, classes=2)
+    return root
 
 
 def test_a_class_with_fewer_images_gives_all_it_has(tmp_path):
-    make_images(tmp_path / "train", count=9, classes=2)  # five and four
-    make_images(tmp_path / "val", count=4, classes=2)
+    labelled(tmp_path)
     test = online(tmp_path / "train")
     assert test.sets[0].labels.tolist() == test.labels[0].tolist() == [0] * 5 + [1] * 4
     limited = online(tmp_path / "train", knn_per_class=3)
     assert limited.labels[0].tolist() == [0] * 3 + [1] * 3
-    accuracy = test(build_backbone("vit_micro", 8, img_size=32))
-    assert set(accuracy) == {"knn10_top1", "knn20_top1"} and 0 <= accuracy["knn10_top1"] <= 100
+    everything = online(tmp_path / "train", knn_per_class=-1)
+    assert len(everything.sets[0]) == 9 and everything.sets[0].name.startswith(str(tmp_path / "train"))
+    accuracy = test()
+    assert set(accuracy) == {"10", "20"} and all(0 <= value <= 100 for value in accuracy["10"].values())
+    assert list(accuracy["10"]) == ["top1", "top5"]
+
+
+def test_a_subset_of_the_training_images_is_all_the_bank_knows(tmp_path):
+    labelled(tmp_path / "own")
+    labelled(tmp_path / "other")
+    for path in (tmp_path / "own", tmp_path / "own" / "train"):
+        assert online(path, subset=2, knn_per_class=-1).labels[0].tolist() == [0] * 2 + [1] * 2
+        assert online(path, subset=2, knn_per_class=1).labels[0].tolist() == [0, 1]
+        assert len(online(path, tmp_path / "other", subset=2, knn_per_class=-1).sets[0]) == 9
+        assert len(online(path, tmp_path / "own", subset=2, knn_per_class=-1).sets[0]) == 4
+    assert len(online(subset=1, knn_per_class=-1).sets[0]) == len(online(knn_per_class=1).sets[0])  # bundled
+
+
+def test_it_is_due_in_the_first_epoch_at_intervals_and_in_the_last(tmp_path):
+    labelled(tmp_path)
+    test = online(tmp_path, knn_every=20, epochs=100)
+    assert [epoch for epoch in range(100) if test.due(epoch)] == [0, 20, 40, 60, 80, 99]
+    assert not online(tmp_path, knn_every=0).due(0)
+
+
+def test_features_votes_and_neighbours_are_as_asked(tmp_path, monkeypatch):
+    labelled(tmp_path)
+    seen = []
+    monkeypatch.setattr(online_knn, "knn_classify", lambda *args, world: seen.append(args) or {1: (50.0, 50.0)})
+    backbone = build_backbone("vit_micro", 8, img_size=32).double()  # --precision fp64
+    options = {"n_last_blocks": 2, "knn_temperature": None, "teacher_temp": 0.05, "nb_knn": [1]}
+    assert online(tmp_path, backbone=backbone, **options)() == {"1": {"top1": 50.0}}
+    bank, _, queries, _, ks, temperature = seen[0]
+    assert (bank.shape, queries.shape) == ((9, 2 * backbone.embed_dim), (4, 2 * backbone.embed_dim))
+    assert (ks, temperature) == ([1], 0.05)
+    depth = len(backbone.blocks)
+    with pytest.raises(UsageError, match=rf"--n_last_blocks {depth + 1}: vit_micro gives features of {depth} block"):
+        online(tmp_path, n_last_blocks=depth + 1)
+    with pytest.raises(UsageError, match="resnet18 gives features of 1 block"):
+        online(tmp_path, arch="resnet18", n_last_blocks=2)
 
 
 def test_data_without_classes_or_without_a_test_set_trains_without_it(tmp_path):
@@ -38,7 +98,7 @@ def test_data_without_classes_or_without_a_test_set_trains_without_it(tmp_path):
         for file in folder.iterdir():
             file.rename(folder.parent / file.name)
     test = online(tmp_path / "flat" / "train")
-    assert "images without a class" in test.reason and test(torch.nn.Identity()) == {}
+    assert "images without a class" in test.reason and not test.due(0)
     assert online(tmp_path / "train", knn_every=0).reason == "off (--knn_every 0)"
 
 

@@ -19,33 +19,37 @@ from utils import UsageError, World
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 # A new option is a decision: it is added here, to the README or the help, and to FREE_OPTIONS if it changes no number.
+SHARED = """
+    accept_changes accum_iter arch augment backend batch_size_per_gpu clip_grad compile config data_path
+    deterministic device dist_url drop_path_rate dry_run epochs grad_checkpointing knn_data knn_every knn_per_class
+    knn_temperature load_from local_rank lr max_bad_images max_skipped method min_lr n_last_blocks nb_knn num_workers
+    optimizer output_dir patch_size precision print_freq replay save_every_minutes saveckp_freq seed subset use_cuda
+    use_fp16 warmup_epochs weight_decay weight_decay_end window_size
+"""
+CROPS = "global_crops_scale global_crops_size local_crops_number local_crops_scale local_crops_size"
+TEACHER = """
+    freeze_last_layer momentum_teacher norm_last_layer teacher_temp warmup_teacher_temp warmup_teacher_temp_epochs
+"""
+MASKED = """
+    act_in_head global_crops_number lambda1 lambda2 norm_in_head out_dim patch_out_dim pred_ratio pred_ratio_var
+    pred_shape pred_start_epoch shared_head shared_head_teacher teacher_patch_temp use_masked_im_modeling
+    warmup_teacher_patch_temp
+"""
 OPTIONS = {
-    "dino": """
-        accept_changes accum_iter arch augment batch_size_per_gpu clip_grad compile config data_path deterministic
-        device dist_url drop_path_rate dry_run epochs freeze_last_layer global_crops_scale global_crops_size
-        grad_checkpointing
-        knn_data knn_every knn_per_class local_crops_number local_crops_scale local_crops_size local_rank lr
-        max_bad_images max_skipped method min_lr momentum_teacher norm_last_layer num_workers optimizer out_dim
-        output_dir patch_size precision print_freq replay save_every_minutes saveckp_freq seed subset teacher_temp
-        use_bn_in_head use_fp16 warmup_epochs warmup_teacher_temp warmup_teacher_temp_epochs weight_decay
-        weight_decay_end
-        window_size
-    """
+    "dino": f"{CROPS} {TEACHER} out_dim use_bn_in_head",
+    "ibot": f"{CROPS} {TEACHER} {MASKED}",
+    "attmask": f"{CROPS} {TEACHER} {MASKED} masking_prob show_max",
 }
-DEFAULTS_OF_THE_ORIGINAL = {
+DEFAULTS_OF_ALL = {
     "arch": "vit_small",
     "patch_size": 16,
-    "out_dim": 65536,
     "norm_last_layer": True,
     "momentum_teacher": 0.996,
-    "use_bn_in_head": False,
     "warmup_teacher_temp": 0.04,
     "teacher_temp": 0.04,
-    "warmup_teacher_temp_epochs": 0,
     "weight_decay": 0.04,
     "weight_decay_end": 0.4,
     "clip_grad": 3.0,
-    "batch_size_per_gpu": 64,
     "epochs": 100,
     "freeze_last_layer": 1,
     "lr": 0.0005,
@@ -53,27 +57,75 @@ DEFAULTS_OF_THE_ORIGINAL = {
     "min_lr": 1e-6,
     "optimizer": "adamw",
     "drop_path_rate": 0.1,
-    "global_crops_scale": (0.4, 1.0),
-    "local_crops_number": 8,
     "local_crops_scale": (0.05, 0.4),
     "output_dir": ".",
-    "saveckp_freq": 20,
     "seed": 0,
     "num_workers": 10,
     "dist_url": "env://",
+}
+DEFAULTS_OF_IBOT = {
+    "window_size": 7,
+    "out_dim": 8192,
+    "patch_out_dim": 8192,
+    "shared_head": False,
+    "shared_head_teacher": True,
+    "norm_in_head": None,
+    "act_in_head": "gelu",
+    "use_masked_im_modeling": True,
+    "pred_ratio": [0.3],
+    "pred_ratio_var": [0.0],
+    "pred_shape": "block",
+    "pred_start_epoch": 0,
+    "lambda1": 1.0,
+    "lambda2": 1.0,
+    "warmup_teacher_patch_temp": 0.04,
+    "teacher_patch_temp": 0.07,
+    "warmup_teacher_temp_epochs": 30,
+    "batch_size_per_gpu": 128,
+    "global_crops_number": 2,
+    "global_crops_scale": (0.14, 1.0),
+    "local_crops_number": 0,
+    "saveckp_freq": 40,
+    "load_from": None,
+}
+DEFAULTS_OF_THE_ORIGINAL = {
+    "dino": {
+        "out_dim": 65536,
+        "use_bn_in_head": False,
+        "warmup_teacher_temp_epochs": 0,
+        "batch_size_per_gpu": 64,
+        "global_crops_scale": (0.4, 1.0),
+        "local_crops_number": 8,
+        "saveckp_freq": 20,
+    },
+    "ibot": DEFAULTS_OF_IBOT,
+    "attmask": DEFAULTS_OF_IBOT
+    | {
+        "out_dim": 65536,
+        "pred_shape": "attmask_high",
+        "masking_prob": 0.5,
+        "show_max": 0.1,
+        "knn_every": 10,
+        "nb_knn": [10, 20, 100, 200],
+        "n_last_blocks": 1,
+        "knn_per_class": -1,
+        "use_cuda": True,
+    },
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_list_of_options_is_the_one_that_was_decided(method):
     names = {action.dest for action in get_args_parser(METHODS[method])._actions} - {"help"}
-    assert sorted(names) == sorted(OPTIONS[method].split())
+    assert sorted(names) == sorted(f"{SHARED} {OPTIONS[method]}".split())
     assert names > FREE_OPTIONS
 
 
-def test_defaults_are_those_of_the_original():
-    args = vars(parse_options([]))
-    assert {name: args[name] for name in DEFAULTS_OF_THE_ORIGINAL} == DEFAULTS_OF_THE_ORIGINAL
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_are_those_of_the_original(method):
+    args = vars(parse_options(["--method", method]))
+    expected = DEFAULTS_OF_ALL | DEFAULTS_OF_THE_ORIGINAL[method]
+    assert {name: args[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: path.stem)
@@ -131,16 +183,23 @@ def test_a_faulty_preset_is_answered_with_its_line_and_key(tmp_path, text, messa
         ("--batch_size_per_gpu 63 --accum_iter 2", "must divide; nearest 62 or 64"),
         ("--batch_size_per_gpu 0", "--batch_size_per_gpu 0: must be at least 1"),
         ("--knn_per_class 0", "--knn_per_class 0: must be at least 1"),
+        ("--knn_per_class -2", r"--knn_per_class -2: must be at least 1 \(-1: all\)"),
+        ("--nb_knn 10 0", "--nb_knn 0: a vote needs"),
+        ("--knn_temperature 0", "--knn_temperature 0.0: must be positive"),
+        ("--n_last_blocks 0", "--n_last_blocks 0: must be at least 1"),
         ("--max_bad_images 2", "--max_bad_images 2.0: a share of the images, from 0 to 1"),
         ("--local_crops_number -1", "--local_crops_number -1: must be 0"),
         ("--global_crops_scale 0.9 0.4", "--global_crops_scale 0.9 0.4"),
         ("--drop_path_rate 1", "--drop_path_rate 1.0: must be in"),
         ("--teacher_temp 0", "--teacher_temp 0.0: a temperature must be positive"),
         ("--subset 0", "--subset 0"),
+        ("--subset -2", r"--subset -2: .*at least 1 \(-1: all\)"),
         ("--use_fp16 true", "fp16 training needs a GPU"),
         ("--precision fp16", "fp16 training needs a GPU"),
         ("--use_fp16 false --precision bf16", "--use_fp16 False contradicts --precision bf16"),
         ("--use_fp16 maybe", "'maybe' is neither true nor false"),
+        ("--load_from nowhere.pth", r"--load_from nowhere.pth: no such file in --output_dir \."),
+        ("--backend mpi", "--backend: invalid choice: 'mpi'"),
         ("--config nowhere.yaml", "--config nowhere.yaml: No such file"),
         ("--output_dir /dev/null/out", "--output_dir /dev/null/out: /dev/null is a file"),
     ],
@@ -160,6 +219,32 @@ def test_what_changes_no_number_may_change_when_a_run_is_continued():
     two = parse_options(["--num_workers", "2", "--batch_size_per_gpu", "4", "--output_dir", "b", "--accum_iter", "2"])
     assert trajectory_options(one) == trajectory_options(two)
     assert trajectory_options(one) != trajectory_options(parse_options(["--lr", "1"]))
+
+
+def test_options_have_the_names_of_several_originals():
+    args = parse_options(["--eval_every", "20", "--nb_knn", "10", "20", "100", "200", "--drop_path", "0.2"])
+    assert (args.knn_every, args.nb_knn, args.drop_path_rate) == (20, [10, 20, 100, 200], 0.2)
+
+
+def test_a_method_may_set_other_defaults_of_shared_options():
+    class Other(METHODS["dino"]):
+        @staticmethod
+        def add_arguments(parser):
+            METHODS["dino"].add_arguments(parser)
+            parser.set_defaults(knn_per_class=-1, knn_temperature=None, clip_grad=0.3)
+
+    parser = get_args_parser(Other)
+    args = parser.parse_args([])
+    assert (args.knn_per_class, args.knn_temperature, args.clip_grad) == (-1, None, 0.3)
+    assert parser.parse_args(["--clip_grad", "1"]).clip_grad == 1
+    check_options(args, ALONE)
+
+
+def test_all_images_may_be_written_in_two_ways():
+    one, two = parse_options([]), parse_options(["--subset", "-1"])
+    for args in (one, two):
+        check_options(args, ALONE)
+    assert trajectory_options(one) == trajectory_options(two)
 
 
 def test_the_nearest_preset_is_named_with_its_result_and_every_difference():
