@@ -8,15 +8,19 @@ from utils import all_reduce_sum, world_size
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Replace every batch norm below ``module`` by one that sees the batches of all processes; names stay."""
+    """Replace every batch norm below ``module`` by one that sees the batches of all processes; names stay.
+
+    A norm that stands in several places stays one; torch's own conversion forgets all places but the first.
+    """
     if world_size() == 1 or not any(isinstance(child, _BatchNorm) for child in module.modules()):
         return module
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm if device.type == "cuda" else AllReduceBatchNorm
+    made: dict[nn.Module, nn.Module] = {}
     for parent in list(module.modules()):
-        for name, child in parent.named_children():
+        for name, child in parent._modules.items():
             if isinstance(child, _BatchNorm):
-                setattr(parent, name, AllReduceBatchNorm(child))
+                made[child] = made.get(child) or convert(child)
+                parent._modules[name] = made[child]
     return module
 
 
