@@ -60,8 +60,9 @@ def test_files_and_tests_that_are_named_exist(document):
         assert f"def {name}" in tests, name
 
 
-def test_every_preset_of_the_readme_exists():
-    table = (ROOT / "README.md").read_text().split("| preset in `configs/dino/` |")[1].split("\n\n")[0]
-    names = re.findall(r"`(\w+)`", table)
-    there = {path.stem for path in (ROOT / "configs" / "dino").glob("*.yaml")} - {"quickstart"}
-    assert set(names) == there
+@pytest.mark.parametrize("method", sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir()))
+def test_every_preset_of_the_readme_exists(method):
+    table = (ROOT / "README.md").read_text().split(f"| preset in `configs/{method}/` |")[1].split("\n\n")[0]
+    names = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    there = {path.stem for path in (ROOT / "configs" / method).glob("*.yaml")} - {"quickstart"}
+    assert sorted(names) == sorted(there)
