@@ -8,6 +8,7 @@ import pytest
 
 import visualize_attention
 from eval_knn import eval_knn
+from eval_linear import eval_linear
 from training.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,7 @@ def test_a_documented_command_parses(document, command):
         "main_pretrain.py": parse_options,
         "scripts/slurm_pretrain.sh": parse_options,
         "eval_knn/eval_knn.py": lambda argv: eval_knn.get_args_parser().parse_args(argv),
+        "eval_linear/eval_linear.py": lambda argv: eval_linear.get_args_parser().parse_args(argv),
         "visualize_attention.py": lambda argv: visualize_attention.get_args_parser().parse_args(argv),
         "models.checkpoints": lambda argv: None,
         "check_parity.py": lambda argv: None,
@@ -60,8 +62,9 @@ def test_files_and_tests_that_are_named_exist(document):
         assert f"def {name}" in tests, name
 
 
-def test_every_preset_of_the_readme_exists():
-    table = (ROOT / "README.md").read_text().split("| preset in `configs/dino/` |")[1].split("\n\n")[0]
-    names = re.findall(r"`(\w+)`", table)
-    there = {path.stem for path in (ROOT / "configs" / "dino").glob("*.yaml")} - {"quickstart"}
-    assert set(names) == there
+@pytest.mark.parametrize("method", sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir()))
+def test_every_preset_of_the_readme_exists(method):
+    table = (ROOT / "README.md").read_text().split(f"| preset in `configs/{method}/` |")[1].split("\n\n")[0]
+    names = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    there = {path.stem for path in (ROOT / "configs" / method).glob("*.yaml")} - {"quickstart"}
+    assert sorted(names) == sorted(there)

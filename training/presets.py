@@ -70,7 +70,7 @@ def nearest_preset(
     best: tuple[int, Preset, list[str]] | None = None
     for path in sorted((CONFIGS / args.method).glob("*.yaml")):
         preset = read_preset(path)
-        theirs = vars(parser.parse_args(preset.argv(parser)))
+        theirs = vars(parser.parse_args([*preset.argv(parser), "--method", args.method]))
         differences = [
             f"{name}: {_plain(getattr(args, name))} (preset {_plain(value)})"
             for name, value in theirs.items()
