@@ -254,7 +254,7 @@ def choose_architecture(state: State, info: Info, arch: str | None, patch_size: 
         raise CheckpointError(f"{info.path}: holds a {describe(state)}; nothing here has that shape: pass its --arch")
     if not is_vision_transformer(arch):
         return arch, {}
-    names = ("patch_size", "img_size", "init_values", "num_class_tokens", "num_registers")
+    names = ("patch_size", "img_size", "init_values", "num_class_tokens", "num_registers", "use_mean_pooling")
     arguments = {name: shape[name] for name in names} if shape else {"patch_size": 16}
     if patch_size is not None:
         side = shape["img_size"] // shape["patch_size"] if shape else 224 // patch_size

@@ -23,6 +23,7 @@ def build_vit(config: dict, **kwargs) -> VisionTransformer:
         mlp_ratio=config.get("mlp_ratio", 4),
         qkv_bias=config.get("qkv_bias", True),
         img_size=config["img"],
+        **{name: config[name] for name in ("init_values", "use_mean_pooling") if name in config},
         **kwargs,
     )
 
@@ -37,6 +38,8 @@ def vit_forward(case: Case) -> Iterator[tuple]:
         with torch.no_grad():
             computed = {
                 f"out/cls_{kind}": lambda images=images: vit(images),
+                f"out/tokens_{kind}": lambda images=images: vit.forward_features(images),
+                f"out/inter_{kind}": lambda images=images: torch.stack(vit.get_intermediate_layers(images, depth)),
                 f"out/pos_{kind}": lambda images=images: vit.position_embedding(*images.shape[-2:]),
                 f"out/attn_{kind}": lambda images=images: vit.get_last_selfattention(images),
                 **{
@@ -129,6 +132,8 @@ def multicrop_wrapper(case: Case) -> Iterator[tuple]:
 
 RUNNERS = {
     "dino/vit_forward": vit_forward,
+    "ibot/vit_layerscale": vit_forward,
+    "ibot/vit_meanpool": vit_forward,
     "dino/vit_backward": vit_backward,
     "dino/vit_structure": vit_structure,
     "dino/head_*": head,
