@@ -8,10 +8,12 @@ import pytest
 
 import visualize_attention
 from eval_knn import eval_knn
+from eval_linear import eval_linear
 from training.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "eval_knn/README.md", "benchmarks/RESULTS.md")]
+EVALUATIONS = ("eval_knn/README.md", "eval_linear/README.md")
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", *EVALUATIONS, "benchmarks/RESULTS.md")]
 WRITTEN_BY_A_RUN = {"log.txt"}
 
 
@@ -39,6 +41,7 @@ def test_a_documented_command_parses(document, command):
         "main_pretrain.py": parse_options,
         "scripts/slurm_pretrain.sh": parse_options,
         "eval_knn/eval_knn.py": lambda argv: eval_knn.get_args_parser().parse_args(argv),
+        "eval_linear/eval_linear.py": lambda argv: eval_linear.get_args_parser().parse_args(argv),
         "visualize_attention.py": lambda argv: visualize_attention.get_args_parser().parse_args(argv),
         "models.checkpoints": lambda argv: None,
         "check_parity.py": lambda argv: None,
