@@ -37,8 +37,9 @@ def add_data_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def pooling(text: str) -> str:
-    """``--avgpool_patchtokens``: iBOT's 0, 1, 2; DINO's false (0) and true (interleaved)."""
-    name = {"false": POOLINGS[0], "true": INTERLEAVED}.get(text.lower(), text.lower())
+    """``--avgpool_patchtokens``: iBOT's 0, 1, 2; DINO's false or off (0) and true or on (interleaved)."""
+    words = {"false": POOLINGS[0], "off": POOLINGS[0], "true": INTERLEAVED, "on": INTERLEAVED}
+    name = words.get(text.lower(), text.lower())
     if name not in POOLINGS:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(POOLINGS)}, false (0), true (interleaved)")
     return name

@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features: many side by side, at little more than the price of one.
+"""Linear classifiers on frozen features: many side by side, on one pass through the network.
 
 Heads on the same feature are one weight tensor (heads, classes, dim) and one matrix product. The gradient of a mean
 cross-entropy with respect to logits is (softmax - one-hot) / images, so nothing has to be recorded for a backward pass;
