@@ -173,14 +173,14 @@ class VisionTransformer(nn.Module):
 
         ``draws``: (depth, 2, samples) uniform numbers for stochastic depth (attention and MLP of every block).
         """
+        if self.fc_norm is not None:
+            return self._pooled_crops(crops, draws)
         tokens = [self.prepare_tokens(group) for group in group_by_size(crops)]
         groups = [(t.shape[0], t.shape[1]) for t in tokens]
         packed = [t.flatten(0, 1) for t in tokens]
-        queries = self.num_class_tokens if self.fc_norm is None else None  # a mean reads all tokens
-        x = self._run_blocks(torch.cat(packed) if len(packed) > 1 else packed[0], groups, draws, queries)
-        if self.fc_norm is not None:
-            parts = zip(x.split([samples * count for samples, count in groups]), groups, strict=True)
-            return torch.cat([self.mean_pooled(part.view(*group, -1)) for part, group in parts])
+        x = self._run_blocks(
+            torch.cat(packed) if len(packed) > 1 else packed[0], groups, draws, queries=self.num_class_tokens
+        )
         x = self.norm(x)
         return x if self.num_class_tokens == 1 else x.view(-1, self.num_class_tokens, self.embed_dim)
 
@@ -191,11 +191,18 @@ class VisionTransformer(nn.Module):
         tokens = self.prepare_tokens(images, masks)
         x = self._run_blocks(tokens.flatten(0, 1), [tokens.shape[:2]], draws)
         x = self.norm(x).view_as(tokens)
-        return x if self.fc_norm is None else torch.cat((self.mean_pooled(x)[:, None], x[:, 1:]), dim=1)
+        if self.fc_norm is None:
+            return x
+        pooled = self.fc_norm(x[:, self.num_prefix_tokens :].mean(dim=1, keepdim=True))
+        return torch.cat((pooled, x[:, 1:]), dim=1)
 
-    def mean_pooled(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, dim) -> ``fc_norm`` of the mean patch token (batch, dim)."""
-        return self.fc_norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
+    def _pooled_crops(self, crops, draws=None):
+        """``forward_crops`` of a network that pools its patches: a mean reads all tokens, one size at a time."""
+        groups = group_by_size(crops)
+        ends = np.cumsum([len(group) for group in groups])
+        parts = [None] * len(groups) if draws is None else np.split(draws, ends[:-1], axis=-1)
+        pairs = zip(groups, parts, strict=True)
+        return torch.cat([self.forward_features(group, draws=part)[:, 0] for group, part in pairs])
 
     # ---- looking inside ---------------------------------------------------------------------------------------------
 
