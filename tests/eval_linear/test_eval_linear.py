@@ -27,7 +27,9 @@ def probe(monkeypatch, tmp_path, capsys):
     def run(*arguments: object, out: str = "out", stripes: bool = True) -> tuple[int, str, str]:
         if stripes:
             monkeypatch.setattr(
-                evaluation, "open_source", lambda path, subset=None, split="train": Stripes(6, 7, int(split != "train"))
+                evaluation,
+                "open_source",
+                lambda path, subset=None, split="train", start=0: Stripes(6, 7, int(split != "train")),
             )
         options = ["--device", "cpu", "--num_workers", 0, "--crop_size", 32, "--batch_size_per_gpu", 16]
         options += ["--output_dir", tmp_path / out, *arguments]
@@ -121,7 +123,9 @@ def test_of_several_heads_the_best_is_evaluated_on_its_own_feature(probe, tmp_pa
 
 def test_the_full_sweep_of_ibot_runs_and_fewer_than_five_classes_have_no_top_five(probe, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        evaluation, "open_source", lambda path, subset=None, split="train": Stripes(4, 4, int(split != "train"))
+        evaluation,
+        "open_source",
+        lambda path, subset=None, split="train", start=0: Stripes(4, 4, int(split != "train")),
     )
     options = ("--sweep_lr_only", "false", "--epochs", 1, "--n_last_blocks", 1)
     code, _, error = probe("--pretrained_weights", micro(tmp_path), *options, stripes=False)
@@ -296,7 +300,9 @@ def test_a_published_head_of_dino_is_tested(probe, tmp_path):
 
 def test_an_unreadable_training_image_is_replaced_and_counted(probe, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        evaluation, "open_source", lambda path, subset=None, split="train": Stripes(bad=(3,) * (split == "train"))
+        evaluation,
+        "open_source",
+        lambda path, subset=None, split="train", start=0: Stripes(bad=(3,) * (split == "train")),
     )
     model = build_backbone("vit_micro", 8, img_size=32)
     torch.save(model.state_dict(), tmp_path / "flat.pth")
