@@ -1,14 +1,16 @@
 """What every evaluation asks and answers: options, the network they describe, train and test sets, one line of JSON."""
 
 import argparse
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 from data.datasets import Source, check_subset, open_source
-from features import labels_of
+from features import INTERLEAVED, MEAN, OUTPUT, POOLINGS, Feature, labels_of
 from models import ALIASES, build_backbone, is_swin, is_vision_transformer
 from models.checkpoints import Network, network_from_file
 from utils import BACKENDS, UsageError, check_writable, log, make_folder, save_atomically
@@ -33,6 +35,54 @@ def add_data_arguments(parser: argparse._ActionsContainer) -> None:
     add("--resize_size", default=None, type=int, help="shorter side before the crop; left out: crop * 256 / 224")
     add("--batch_size_per_gpu", default=128, type=int, help="images per forward pass and process")
     add("--num_workers", default=10, type=int, help="processes that decode images, per process")
+
+
+def pooling(text: str) -> str:
+    """``--avgpool_patchtokens``: iBOT's 0, 1, 2; DINO's false or off (0) and true or on (interleaved)."""
+    words = {"false": POOLINGS[0], "off": POOLINGS[0], "true": INTERLEAVED, "on": INTERLEAVED}
+    name = words.get(text.lower(), text.lower())
+    if name not in POOLINGS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(POOLINGS)}, false (0), true (interleaved)")
+    return name
+
+
+def add_feature_arguments(parser: argparse._ActionsContainer, n_last_blocks: int, several: bool = False) -> None:
+    """The options that choose a feature by its class tokens and patch tokens, or ``several`` (features.Feature)."""
+
+    def add(name: str, default: object, **options: object) -> None:
+        several_values = {"nargs": "+", "default": [default]} if several else {"default": default}
+        parser.add_argument(name, **options, **several_values)
+
+    add("--n_last_blocks", n_last_blocks, type=int, help="class tokens of so many last blocks")
+    means = (
+        "0: no patch tokens; 1: only their mean, before the norm; 2: their mean as well; interleaved: as DINO's true"
+    )
+    add("--avgpool_patchtokens", POOLINGS[0], type=pooling, metavar="POOLING", help=means)
+
+
+def chosen_features(network: Network, n_last_blocks: Sequence[int], poolings: Sequence[str]) -> list[Feature]:
+    """Every combination that differs from the others. Raises UsageError for what ``network`` does not have."""
+    features = [Feature(1 if p == MEAN else n, p) for n, p in itertools.product(n_last_blocks, poolings)]
+    features = list(dict.fromkeys(features))
+    if min(n_last_blocks) < 1:
+        raise UsageError(f"--n_last_blocks {min(n_last_blocks)}: must be at least 1")
+    for feature in features:
+        if feature.avgpool == INTERLEAVED and feature.n_last_blocks > 1:
+            raise UsageError(
+                f"--n_last_blocks {feature.n_last_blocks} --avgpool_patchtokens interleaved (DINO's true): exists for "
+                "one block only; pass --n_last_blocks 1, or --avgpool_patchtokens 2 (one after the other)"
+            )
+    model = network.model
+    pools = network.arch.startswith("timm/") or getattr(model, "fc_norm", None) is not None
+    if pools or not hasattr(model, "get_intermediate_layers"):
+        if features != [OUTPUT]:
+            raise UsageError(
+                f"{network.label}: only its pooled output can be taken; pass --n_last_blocks 1 --avgpool_patchtokens 0"
+            )
+        log.info(f"{network.label}: its pooled output is taken")
+    elif max(n_last_blocks) > len(model.blocks):
+        raise UsageError(f"--n_last_blocks {max(n_last_blocks)}: {network.label} has {len(model.blocks)} blocks")
+    return features
 
 
 def add_process_arguments(parser: argparse._ActionsContainer) -> None:

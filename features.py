@@ -8,8 +8,9 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from data.datasets import BadImage, Source
+from models.vit import VisionTransformer
 from utils import UsageError, World, log, save_atomically, save_torch, usable_cpus
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -33,19 +35,77 @@ def class_token(model: Callable, images: torch.Tensor) -> torch.Tensor:
     return output[:, 0] if output.ndim == 3 else output
 
 
+CLASS, MEAN, BOTH, INTERLEAVED = POOLINGS = ("0", "1", "2", "interleaved")  # iBOT's numbers, and DINO's "true"
+
+
+class Feature(NamedTuple):
+    """Which tokens of a network make a feature, as the originals' options of the same names say it.
+
+    | avgpool     | feature                                                                             | width       |
+    |-------------|-------------------------------------------------------------------------------------|-------------|
+    | 0           | class tokens of the last n blocks, oldest first                                     | n * dim     |
+    | 1           | mean patch token of the last block before the final norm                            | dim         |
+    | 2           | class tokens of the last n blocks, then the mean patch token of the last            | (n+1) * dim |
+    | interleaved | class_0, mean_0, class_1, mean_1, ... of the last block: what DINO's heads expect   | 2 * dim     |
+
+    All but avgpool 1 after the final norm. A Swin's class token is the mean of its tokens, and ``dim`` differs between
+    its stages. parity: iBOT builds plain transformers without final norm for avgpool 1, but Swin with it.
+    """
+
+    n_last_blocks: int = 1
+    avgpool: str = CLASS
+
+    def __str__(self) -> str:
+        blocks = "the last block" if self.n_last_blocks == 1 else f"the last {self.n_last_blocks} blocks"
+        return {
+            CLASS: f"class token of {blocks}",
+            MEAN: "mean patch token of the last block before the norm",
+            BOTH: f"class token of {blocks} and mean patch token of the last",
+            INTERLEAVED: f"class token and mean patch token of {blocks}, interleaved",
+        }[self.avgpool]
+
+    def __call__(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        return token_features(model, images, [self])[0]
+
+
+OUTPUT = Feature()  # what a network returns: the one feature that those without blocks have
+
+
+def token_features(model: nn.Module, images: torch.Tensor, features: Sequence[Feature]) -> list[torch.Tensor]:
+    """All ``features`` from one pass through a transformer of ours, each (batch, its width).
+
+    Of other networks only OUTPUT exists (``evaluation.chosen_features`` sees to that).
+    """
+    if set(features) == {OUTPUT}:
+        return [class_token(model, images)] * len(features)
+    blocks = max(feature.n_last_blocks for feature in features)
+    if isinstance(model, VisionTransformer):
+        unnormalised = model.get_intermediate_layers(images, blocks, norm=False)
+        layers, last = [model.norm(tokens) for tokens in unnormalised], unnormalised[-1]
+    else:
+        layers = model.get_intermediate_layers(images, blocks)
+        last = layers[-1]
+    return [pool_tokens(layers, last, feature, model.num_prefix_tokens) for feature in features]
+
+
+def pool_tokens(
+    layers: Sequence[torch.Tensor], unnormalised: torch.Tensor, feature: Feature, num_prefix_tokens: int
+) -> torch.Tensor:
+    """``feature`` from the tokens of the last blocks, oldest first, each (batch, tokens, its dim).
+
+    ``unnormalised``: those of the last block as avgpool 1 takes them.
+    """
+    classes = [tokens[:, 0] for tokens in layers[len(layers) - feature.n_last_blocks :]]
+    patches = unnormalised if feature.avgpool == MEAN else layers[-1]
+    mean = patches[:, num_prefix_tokens:].mean(dim=1)
+    if feature.avgpool == INTERLEAVED:
+        return torch.stack((classes[-1], mean), dim=2).flatten(1)
+    return torch.cat({CLASS: classes, MEAN: [mean], BOTH: [*classes, mean]}[feature.avgpool], dim=1)
+
+
 def block_class_tokens(model: nn.Module, images: torch.Tensor, n_last_blocks: int = 4) -> torch.Tensor:
     """Class tokens of the last blocks, oldest first, each through the final norm: (batch, n_last_blocks * dim)."""
-    return torch.cat([tokens[:, 0] for tokens in model.get_intermediate_layers(images, n_last_blocks)], dim=1)
-
-
-def class_token_and_patch_mean(model: nn.Module, images: torch.Tensor, interleaved: bool = True) -> torch.Tensor:
-    """Class token and mean patch token of the last block: (batch, 2 * dim).
-
-    parity: DINO's linear heads expect them interleaved, class_0, mean_0, class_1, mean_1, ... (DINO eval_linear.py).
-    """
-    (tokens,) = model.get_intermediate_layers(images, 1)
-    parts = (tokens[:, 0], tokens[:, model.num_prefix_tokens :].mean(dim=1))
-    return torch.stack(parts, dim=2).flatten(1) if interleaved else torch.cat(parts, dim=1)
+    return Feature(n_last_blocks)(model, images)
 
 
 def multiscale_class_token(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -83,31 +143,43 @@ def extract_features(
     ``transform``: PIL RGB -> (3, height, width). A network runs in evaluation mode without gradients and is left in
     the mode it was in. Every process returns everything. Raises UsageError when an image cannot be read.
     """
+    local, found, done = torch.empty(0, 0), [torch.empty(0, dtype=torch.long)], 0
+    progress = _Progress(source, world)
+    options = {"world": world, "batch_size": batch_size, "num_workers": num_workers, "device": device}
+    with evaluating(model_fn), torch.no_grad():
+        for indices, images in batches(source, transform, **options):
+            rows = feature(model_fn, images)
+            if not done:
+                local = torch.empty(len(range(world.rank, len(source), world.size)), rows.shape[1])
+            local[done : done + len(rows)] = rows.float()
+            done += len(rows)
+            found.append(indices)
+            progress.report(len(rows))
+    features = gather_rows(local[:done], torch.cat(found), len(source), world)
+    return features, labels_of(source)
+
+
+def batches(
+    source: Source, transform: Callable, *, world: World, batch_size: int, num_workers: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This process's share of the images, in order: indices (batch,) on the CPU, transformed images on ``device``.
+
+    Raises UsageError, in all processes, when one cannot read an image.
+    """
     indices = range(world.rank, len(source), world.size)
-    images = _Images(source, transform, indices)
     loader = DataLoader(
-        images,
+        _Images(source, transform, indices),
         batch_size=batch_size,
         num_workers=min(num_workers, usable_cpus(), -(-len(indices) // batch_size)),
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
     )
-    local, found, problem = torch.empty(0, 0), [torch.empty(0, dtype=torch.long)], ""
-    progress, done = _Progress(source, world), 0
-    with evaluating(model_fn), torch.no_grad():
-        for batch_indices, batch, problem in loader:
-            if problem:
-                break
-            rows = feature(model_fn, batch.to(device, non_blocking=True))
-            if not done:
-                local = torch.empty(len(indices), rows.shape[1])
-            local[done : done + len(rows)] = rows.float()
-            done += len(rows)
-            found.append(batch_indices)
-            progress.report(len(rows))
+    problem = ""
+    for batch_indices, images, problem in loader:
+        if problem:
+            break
+        yield batch_indices, images.to(device, non_blocking=True)
     _agree_that_nothing_is_wrong(problem, source, world)
-    features = gather_rows(local[:done], torch.cat(found), len(source), world)
-    return features, labels_of(source)
 
 
 def labels_of(source: Source) -> torch.Tensor:

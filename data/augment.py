@@ -36,7 +36,8 @@ class CropRecipe:
     """How one kind of crop is made: random resized crop to ``size`` pixels, flip, colours, greyscale, blur, solarise.
 
     ``scale``: area relative to the image. ``jitter_strength``: brightness, contrast, saturation, hue. ``blur_radius``:
-    uniform range, in pixels (Pillow's radius is the standard deviation). The others are probabilities.
+    uniform range, in pixels (Pillow's radius is the standard deviation). ``interpolation``: bicubic or bilinear, with
+    antialiasing. The others are probabilities.
     """
 
     size: int
@@ -49,6 +50,7 @@ class CropRecipe:
     blur: float = 0.0
     blur_radius: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
+    interpolation: str = "bicubic"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def pil_transform(recipe: CropRecipe) -> transforms.Compose:
     """Pillow image -> Pillow image of ``recipe.size``. Draws in the originals' order (DINO, DataAugmentationDINO)."""
     steps = [
         transforms.RandomResizedCrop(
-            recipe.size, recipe.scale, recipe.aspect, interpolation=transforms.InterpolationMode.BICUBIC
+            recipe.size, recipe.scale, recipe.aspect, transforms.InterpolationMode(recipe.interpolation)
         ),
         transforms.RandomHorizontalFlip(recipe.flip),
         transforms.RandomApply([transforms.ColorJitter(*recipe.jitter_strength)], recipe.jitter),
@@ -189,9 +191,9 @@ def _between(low: float, high: float, uniform: float) -> float:
 _LEVELS = np.arange(256)
 
 
-def render(image: np.ndarray, crop: Crop, size: int) -> torch.Tensor:
+def render(image: np.ndarray, crop: Crop, size: int, interpolation: str = "bicubic") -> torch.Tensor:
     """Cut ``crop`` out of ``image`` (height, width, 3) and carry out what it decided -> (3, size, size) uint8."""
-    pixels = resized_crop(image, crop.box, size)
+    pixels = resized_crop(image, crop.box, size, interpolation)
     if crop.flip:
         pixels = flip(pixels)
     for name, amount in crop.jitter:

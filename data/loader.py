@@ -54,7 +54,9 @@ class TrainLoader:
     ``batch_size``: images per process and step, divided into ``pieces`` equal parts (gradient accumulation). Yields
     dicts: what ``views`` return, stacked over the piece; "indices" (piece,) int64, the images used; "first_sample", the
     position of the piece's first image in the batch of all processes; "bad", a list of (name, reason) of unreadable
-    images. The last len(source) % (batch_size * processes) images of an epoch's order are left out.
+    images. The last len(source) % (batch_size * processes) images of an epoch's order are left out; with ``drop_last``
+    False they are a smaller batch, of which the first processes take as many as ever, the last perhaps none ("indices"
+    is empty, and nothing of ``views`` is there).
 
     Raises UsageError when the data set is smaller than a batch, and from the iteration when no image can be read or a
     worker dies.
@@ -73,6 +75,7 @@ class TrainLoader:
         num_workers: int,
         start_epoch: int = 0,
         start_step: int = 0,
+        drop_last: bool = True,
     ):
         if min(batch_size, pieces) < 1 or num_workers < 0:
             raise UsageError(
@@ -83,7 +86,10 @@ class TrainLoader:
         self.seed, self.epochs, self.start_epoch, self.start_step = seed, epochs, start_epoch, start_step
         self.global_batch = batch_size * world.size
         self.images = len(source)
-        self.niter = steps_per_epoch(self.images, self.global_batch)
+        if drop_last:
+            self.niter = steps_per_epoch(self.images, self.global_batch)
+        else:
+            self.niter = -(-self.images // self.global_batch)
         if batch_size % pieces:
             raise UsageError(f"a batch of {batch_size} images cannot be divided into {pieces} equal pieces")
         self.dataset = _Pieces(source, views, seed)
@@ -136,7 +142,7 @@ class TrainLoader:
         size = self.batch_size // self.pieces
         first_sample = self.world.rank * self.batch_size + piece * size
         positions = step * self.global_batch + first_sample + np.arange(size)
-        return PieceKey(epoch, first_sample, order[positions])
+        return PieceKey(epoch, first_sample, order[positions[positions < self.images]])
 
 
 class _PieceSampler(Sampler):
@@ -182,7 +188,8 @@ class _Pieces(Dataset):
             samples.append(self.views(image, (self.seed, key.epoch, index)))
             used.append(index_used)
         collate = getattr(self.views, "collate", stack)
-        return {**collate(samples), "indices": torch.tensor(used), "first_sample": key.first_sample, "bad": bad}
+        views = collate(samples) if samples else {}
+        return {**views, "indices": torch.tensor(used).long(), "first_sample": key.first_sample, "bad": bad}
 
     def _readable_image(self, epoch: int, index: int, bad: list) -> tuple:
         """The image and its index, or those of the first replacement that can be read; what cannot goes to ``bad``."""

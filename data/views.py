@@ -17,7 +17,43 @@ from data.augment import CropRecipe, crop_uniforms, draw_crop, pil_transform, re
 from randomness import counted_seed
 
 
-class MultiCropViews:
+class CropViews:
+    """A crop of every recipe in ``recipes``.
+
+    ``augment``: "fast" wants arrays (height, width, 3) uint8, "pil" Pillow images, which it treats as the original
+    does, bit for bit. Both draw from the same distribution.
+    """
+
+    def __init__(self, recipes: list[CropRecipe], augment: str = "fast"):
+        if augment not in ("fast", "pil"):
+            raise ValueError(f"augment {augment!r}: has to be fast or pil")
+        self.recipes, self.augment = recipes, augment
+        self.transforms = [pil_transform(recipe) for recipe in recipes] if augment == "pil" else []
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{type(self).__name__} ({self.augment})", *(f"  {recipe}" for recipe in self.recipes)])
+
+    def __call__(self, image: np.ndarray | Image.Image, key: tuple[int, ...]) -> dict[str, list[torch.Tensor]]:
+        """{"crops": list of (3, size, size) uint8}, in the order of the recipes."""
+        if self.augment == "fast":
+            return {"crops": self.fast_crops(image, key)}
+        with seeded_generators(counted_seed(*key)):
+            return {"crops": self.pil_crops(image)}
+
+    def fast_crops(self, image: np.ndarray, key: tuple[int, ...]) -> list[torch.Tensor]:
+        height, width = image.shape[:2]
+        uniforms = crop_uniforms(key, len(self.recipes))
+        crops = [draw_crop(recipe, u, height, width) for recipe, u in zip(self.recipes, uniforms, strict=True)]
+        pairs = zip(self.recipes, crops, strict=True)
+        return [render(image, crop, recipe.size, recipe.interpolation) for recipe, crop in pairs]
+
+    def pil_crops(self, image: Image.Image) -> list[torch.Tensor]:
+        """Crops from the present state of torch's and ``random``'s generators, which they advance."""
+        crops = [np.array(transform(image)) for transform in self.transforms]
+        return [torch.from_numpy(crop).permute(2, 0, 1).contiguous() for crop in crops]
+
+
+class MultiCropViews(CropViews):
     """Two or more global crops and ``local_crops_number`` local ones (DINO, main_dino.py, DataAugmentationDINO):
 
     | crop         | size | area                | flip | jitter 0.4 0.4 0.2 0.1 | greyscale | blur 0.1-2.0 | solarise |
@@ -25,9 +61,6 @@ class MultiCropViews:
     | global 1     | 224  | global_crops_scale  | 0.5  | 0.8                    | 0.2       | 1.0          | -        |
     | global 2 ... | 224  | global_crops_scale  | 0.5  | 0.8                    | 0.2       | 0.1          | 0.2      |
     | local        | 96   | local_crops_scale   | 0.5  | 0.8                    | 0.2       | 0.5          | -        |
-
-    ``augment``: "fast" wants arrays (height, width, 3) uint8, "pil" Pillow images, which it treats as the original
-    does, bit for bit. Both draw from the same distribution.
     """
 
     def __init__(
@@ -40,35 +73,18 @@ class MultiCropViews:
         augment: str = "fast",
         global_crops_number: int = 2,
     ):
-        if augment not in ("fast", "pil"):
-            raise ValueError(f"augment {augment!r}: has to be fast or pil")
-        self.augment = augment
         first = CropRecipe(global_crops_size, tuple(global_crops_scale), blur=1.0)
         second = CropRecipe(global_crops_size, tuple(global_crops_scale), blur=0.1, solarize=0.2)
         local = CropRecipe(local_crops_size, tuple(local_crops_scale), blur=0.5)
-        self.recipes = [first] + [second] * (global_crops_number - 1) + [local] * local_crops_number
-        self.transforms = [pil_transform(recipe) for recipe in self.recipes] if augment == "pil" else []
+        super().__init__([first] + [second] * (global_crops_number - 1) + [local] * local_crops_number, augment)
 
-    def __repr__(self) -> str:
-        return "\n".join([f"MultiCropViews ({self.augment})", *(f"  {recipe}" for recipe in self.recipes)])
 
-    def __call__(self, image: np.ndarray | Image.Image, key: tuple[int, ...]) -> dict[str, list[torch.Tensor]]:
-        """{"crops": list of (3, size, size) uint8}, the global ones first."""
-        if self.augment == "fast":
-            return {"crops": self.fast_crops(image, key)}
-        with seeded_generators(counted_seed(*key)):
-            return {"crops": self.pil_crops(image)}
+class LinearViews(CropViews):
+    """One crop of 8 to 100 % of the area, resized with bilinear interpolation, and a flip (DINO eval_linear.py)."""
 
-    def fast_crops(self, image: np.ndarray, key: tuple[int, ...]) -> list[torch.Tensor]:
-        height, width = image.shape[:2]
-        uniforms = crop_uniforms(key, len(self.recipes))
-        crops = [draw_crop(recipe, u, height, width) for recipe, u in zip(self.recipes, uniforms, strict=True)]
-        return [render(image, crop, recipe.size) for recipe, crop in zip(self.recipes, crops, strict=True)]
-
-    def pil_crops(self, image: Image.Image) -> list[torch.Tensor]:
-        """Crops from the present state of torch's and ``random``'s generators, which they advance."""
-        crops = [np.array(transform(image)) for transform in self.transforms]
-        return [torch.from_numpy(crop).permute(2, 0, 1).contiguous() for crop in crops]
+    def __init__(self, crop_size: int = 224, augment: str = "fast"):
+        recipe = CropRecipe(crop_size, (0.08, 1.0), jitter=0.0, grayscale=0.0, interpolation="bilinear")
+        super().__init__([recipe], augment)
 
 
 @contextmanager

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 eval_knn/eval_knn.py --pretrained_weights checkpoint.pth --data_path /imagenet
     python eval_knn/eval_knn.py --pretrained_weights checkpoint.pth --baselines        on the bundled photographs
 
-Class tokens are L2-normalised; the k training images most similar to a test image vote for their classes with weight
+Features are L2-normalised; the k training images most similar to a test image vote for their classes with weight
 exp(similarity / temperature) (Wu et al., 1805.01978). Published with DINO: ViT-S/16 74.5, ViT-S/8 78.3 % top-1 at
 k = 20. Protocol and more numbers: README.md in this folder.
 """
@@ -20,9 +20,11 @@ from data.datasets import ALL, Source, images_per_class
 from data.preprocess import MEAN, STD, eval_transform
 from evaluation import (
     add_data_arguments,
+    add_feature_arguments,
     add_network_arguments,
     add_process_arguments,
     check_common_arguments,
+    chosen_features,
     common_labels,
     crop_and_resize,
     network_from_options,
@@ -30,7 +32,7 @@ from evaluation import (
     untrained,
     write_result,
 )
-from features import FeatureCache, class_token, extract_features, weights_hash
+from features import FeatureCache, extract_features, weights_hash
 from models.checkpoints import Network
 from utils import Parser, UsageError, World, all_reduce_sum, bool_flag, init_world, keep_large_blocks, log, run_cli
 
@@ -165,7 +167,7 @@ def baseline_accuracies(
     model = untrained(network.arch, network.arguments).to(world.device)
 
     def feature(model, images: torch.Tensor) -> torch.Tensor:
-        return torch.cat((raw_pixels(images), colour_histogram(images), class_token(model, images)), dim=1)
+        return torch.cat((raw_pixels(images), colour_histogram(images), sets.feature(model, images)), dim=1)
 
     train, test = (extract(args, model, source, sets, world, feature) for source in (sets.train, sets.test))
     pixels = 3 * min(RAW_SIDE, sets.crop_size) ** 2
@@ -191,12 +193,13 @@ def table(rows: dict[str, Accuracies], ks: Iterable[int]) -> str:
 
 
 class Sets:
-    """The bank and the test images, what happens to them, and their labels under common class numbers.
+    """The bank and the test images, what is taken from them, and their labels under common class numbers.
 
     With --subset the bank holds what all --subset_starts need; ``rows``: for every start the rows of its images.
     """
 
     def __init__(self, args: argparse.Namespace, network: Network):
+        (self.feature,) = chosen_features(network, [args.n_last_blocks], [args.avgpool_patchtokens])
         per_class = None if args.subset == ALL else args.subset
         first, last = min(args.subset_starts), max(args.subset_starts)
         span = per_class and last - first + per_class
@@ -230,13 +233,13 @@ def extract(args: argparse.Namespace, model, source: Source, sets: Sets, world: 
 
 
 def network_features(args: argparse.Namespace, network: Network, sets: Sets, world: World) -> list[torch.Tensor]:
-    """Normalised class tokens of the train and the test images, from a folder where one is given and fits."""
+    """Normalised features of the train and the test images, from a folder where one is given and fits."""
     key = {}
     if args.load_features or args.dump_features:
         key = {
             "weights": weights_hash(network.model),
             "arch": network.label,
-            "feature": "class token of the last block, L2-normalised",
+            "feature": f"{sets.feature}, L2-normalised",
             "preprocessing": f"resize {sets.resize_size} bicubic, centre crop {sets.crop_size}, ImageNet normalisation",
             "train": sets.train.fingerprint,
             "test": sets.test.fingerprint,
@@ -250,7 +253,7 @@ def network_features(args: argparse.Namespace, network: Network, sets: Sets, wor
         if int(hits) == world.size:
             return list(stored[:2])
     features = [
-        F.normalize(extract(args, network.model, source, sets, world, class_token), dim=1)
+        F.normalize(extract(args, network.model, source, sets, world, sets.feature), dim=1)
         for source in (sets.train, sets.test)
     ]
     if not all(torch.isfinite(matrix).all() for matrix in features):
@@ -290,6 +293,7 @@ def deviation(runs: dict[int, Accuracies], k: int) -> float:
 def get_args_parser() -> Parser:
     parser = Parser(prog="eval_knn.py", description="Weighted k-NN on frozen features.")
     add_network_arguments(parser.add_argument_group("what is evaluated"))
+    add_feature_arguments(parser.add_argument_group("feature"), n_last_blocks=1)
     add_data_arguments(parser.add_argument_group("data"))
     add = parser.add_argument_group("k-NN").add_argument
     add("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=int, help="numbers of neighbours; 20 is usually best")

@@ -267,7 +267,7 @@ def choose_architecture(
         return arch, {"patch_size": patch_size or own["patch_size"], "window_size": window_size or own["window_size"]}
     if not is_vision_transformer(arch):
         return arch, {}
-    names = ("patch_size", "img_size", "init_values", "num_class_tokens", "num_registers")
+    names = ("patch_size", "img_size", "init_values", "num_class_tokens", "num_registers", "use_mean_pooling")
     arguments = {name: shape[name] for name in names} if shape else {"patch_size": 16}
     if patch_size is not None:
         side = shape["img_size"] // shape["patch_size"] if shape else 224 // patch_size

@@ -219,6 +219,7 @@ def vit_arguments(state: State) -> dict | None:
         "init_values": 1e-5 if "blocks.0.gamma_1" in state else 0.0,
         "num_class_tokens": classes.shape[1],
         "num_registers": state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+        "use_mean_pooling": "fc_norm.weight" in state and "norm.weight" not in state,
     }
 
 
@@ -269,6 +270,7 @@ def describe(state: State) -> str:
         extras = [f"{shape['num_class_tokens']} class tokens"] * (shape["num_class_tokens"] > 1)
         extras += [f"{shape['num_registers']} registers"] * (shape["num_registers"] > 0)
         extras += ["LayerScale"] * (shape["init_values"] > 0)
+        extras += ["mean pooling"] * shape["use_mean_pooling"]
         return ", ".join(
             [
                 f"{name} (width {shape['embed_dim']}, {shape['depth']} blocks)",
@@ -299,7 +301,7 @@ def describe(state: State) -> str:
 def advice(target: State, state: State) -> str:
     """What to pass instead, from the shapes on both sides."""
     ours, theirs = vit_arguments(dict(target)), vit_arguments(state)
-    if "fc_norm.weight" in state and "norm.weight" not in state:
+    if theirs and theirs["use_mean_pooling"] and not (ours and ours["use_mean_pooling"]):
         return "The file pools patch tokens (fc_norm instead of norm), which this network does not do"
     swins = swin_arguments(dict(target)), swin_arguments(state)
     if all(swins):

@@ -1,7 +1,8 @@
 """Vision transformers with the parameter names of DINO, so that every checkpoint of that family loads.
 
 An image is worth 16x16 words (2010.11929); DINO (2104.14294) for the names and the resampling of positions; class
-tokens beyond the first are UDI's (2407.17671), mask token and LayerScale iBOT's (2111.07832), registers 2309.16588.
+tokens beyond the first are UDI's (2407.17671), mask token, LayerScale and mean pooling iBOT's (2111.07832), registers
+2309.16588.
 
 Crops of several sizes go through one forward pass, packed as rows of one matrix, and where only class tokens are read
 the last block computes only those (models/blocks.py): the numbers are those of the textbook form.
@@ -30,7 +31,10 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """See the module docstring. ``embed_dim`` is the width of what ``forward`` returns."""
+    """See the module docstring. ``embed_dim`` is the width of what ``forward`` returns.
+
+    ``use_mean_pooling``: that is ``fc_norm`` of the mean patch token, and no other token is normalised.
+    """
 
     def __init__(
         self,
@@ -47,6 +51,7 @@ class VisionTransformer(nn.Module):
         num_class_tokens: int = 1,
         num_registers: int = 0,
         masked_im_modeling: bool = False,
+        use_mean_pooling: bool = False,
     ):
         super().__init__()
         if img_size % patch_size:
@@ -70,7 +75,8 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, init_values) for rate in rates
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = nn.Identity() if use_mean_pooling else nn.LayerNorm(embed_dim, eps=1e-6)
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if use_mean_pooling else None
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -168,6 +174,8 @@ class VisionTransformer(nn.Module):
 
         ``draws``: (depth, 2, samples) uniform numbers for stochastic depth (attention and MLP of every block).
         """
+        if self.fc_norm is not None:
+            return self._pooled_crops(crops, draws)
         x, groups = pack([self.prepare_tokens(group) for group in group_by_size(crops)])
         reads = Reads([self.num_class_tokens] * len(groups))
         x = self.norm(self._run_blocks(x, groups, draws, reads))
@@ -202,10 +210,22 @@ class VisionTransformer(nn.Module):
     def forward_features(
         self, images: torch.Tensor, masks: torch.Tensor | None = None, draws: np.ndarray | None = None
     ) -> torch.Tensor:
-        """All tokens after the final norm: (batch, tokens, dim)."""
+        """All tokens after the final norm: (batch, tokens, dim). With mean pooling the first is what is pooled."""
         tokens = self.prepare_tokens(images, masks)
         x = self._run_blocks(tokens.flatten(0, 1), [tokens.shape[:2]], draws)
-        return self.norm(x).view_as(tokens)
+        x = self.norm(x).view_as(tokens)
+        if self.fc_norm is None:
+            return x
+        pooled = self.fc_norm(x[:, self.num_prefix_tokens :].mean(dim=1, keepdim=True))
+        return torch.cat((pooled, x[:, 1:]), dim=1)
+
+    def _pooled_crops(self, crops, draws=None):
+        """``forward_crops`` of a network that pools its patches: a mean reads all tokens, one size at a time."""
+        groups = group_by_size(crops)
+        ends = np.cumsum([len(group) for group in groups])
+        parts = [None] * len(groups) if draws is None else np.split(draws, ends[:-1], axis=-1)
+        pairs = zip(groups, parts, strict=True)
+        return torch.cat([self.forward_features(group, draws=part)[:, 0] for group, part in pairs])
 
     def forward_features_with_attention(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``forward_features``, and the last block's attention of the first class token (batch, heads, tokens)."""
@@ -218,14 +238,14 @@ class VisionTransformer(nn.Module):
 
     # ---- looking inside ---------------------------------------------------------------------------------------------
 
-    def get_intermediate_layers(self, images: torch.Tensor, n: int = 1) -> list[torch.Tensor]:
-        """Tokens after each of the last ``n`` blocks, oldest first, each through the final norm."""
+    def get_intermediate_layers(self, images: torch.Tensor, n: int = 1, norm: bool = True) -> list[torch.Tensor]:
+        """Tokens after each of the last ``n`` blocks, oldest first, each through the final norm or (``norm``) not."""
         tokens = self.prepare_tokens(images)
         groups, x, outputs = [tokens.shape[:2]], tokens.flatten(0, 1), []
         for index, block in enumerate(self.blocks):
             x = block(x, groups)
             if index >= len(self.blocks) - n:
-                outputs.append(self.norm(x).view_as(tokens))
+                outputs.append((self.norm(x) if norm else x).view_as(tokens))
         return outputs
 
     def get_last_selfattention(self, images: torch.Tensor, queries: int | None = None) -> torch.Tensor:

@@ -11,14 +11,16 @@ import torch.nn.functional as F
 import features
 from data.preprocess import eval_transform
 from features import (
+    POOLINGS,
+    Feature,
     FeatureCache,
     block_class_tokens,
     class_token,
-    class_token_and_patch_mean,
     evaluating,
     extract_features,
     gather_rows,
     multiscale_class_token,
+    token_features,
     weights_hash,
 )
 from models.vit import VisionTransformer
@@ -126,11 +128,38 @@ def test_the_class_token_of_several_is_the_first_and_of_a_tuple_the_first_elemen
 
 def test_class_token_and_patch_mean_come_interleaved_or_one_after_the_other():
     model, images = small(num_registers=2).eval(), torch.randn(2, 3, 32, 32)
-    mixed = class_token_and_patch_mean(model, images)
-    plain = class_token_and_patch_mean(model, images, interleaved=False)
+    mixed, plain = Feature(1, "interleaved")(model, images), Feature(1, "2")(model, images)
     torch.testing.assert_close(mixed[:, 0::2], plain[:, :12])
     torch.testing.assert_close(mixed[:, 1::2], plain[:, 12:])
     torch.testing.assert_close(plain[:, 12:], model.forward_features(images)[:, 3:].mean(dim=1))
+
+
+def test_several_features_of_one_pass_are_those_of_their_own_passes(double):
+    model, images = small(num_class_tokens=2).eval(), torch.randn(2, 3, 32, 32)
+    wanted = [Feature(n, pooling) for n in (1, 2, 3) for pooling in POOLINGS if n == 1 or pooling != "interleaved"]
+    together = token_features(model, images, wanted)
+    for feature, found in zip(wanted, together, strict=True):
+        torch.testing.assert_close(found, feature(model, images), rtol=1e-12, atol=1e-12)
+    widths = dict(zip(wanted, [found.shape[1] for found in together], strict=True))
+    assert [widths[Feature(3, p)] for p in "012"] == [36, 12, 48] and widths[Feature(1, "interleaved")] == 24
+    bare = small(num_class_tokens=2, use_mean_pooling=True).eval()
+    bare.load_state_dict({n: t for n, t in model.state_dict().items() if not n.startswith("norm.")}, strict=False)
+    (tokens,) = bare.get_intermediate_layers(images, 1)
+    torch.testing.assert_close(Feature(1, "1")(model, images), tokens[:, 2:].mean(dim=1))
+
+
+def test_blocks_may_differ_in_width_and_tokens_as_those_of_a_swin_do():
+    class Stages(nn.Module):
+        num_prefix_tokens = 1
+
+        def get_intermediate_layers(self, images, n):
+            stages = [
+                torch.full((len(images), 1 + tokens, dim), 1.0 * dim) for tokens, dim in ((16, 4), (4, 8), (4, 8))
+            ]
+            return stages[-n:]
+
+    shapes = [Feature(n, p)(Stages(), torch.zeros(2, 3, 8, 8)).shape for n, p in ((3, "0"), (3, "1"), (3, "2"))]
+    assert shapes == [(2, 20), (2, 8), (2, 28)]
 
 
 def test_the_multiscale_feature_of_one_image_has_unit_norm():

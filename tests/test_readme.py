@@ -12,7 +12,8 @@ from eval_linear import eval_linear
 from training.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "eval_knn/README.md", "benchmarks/RESULTS.md")]
+EVALUATIONS = ("eval_knn/README.md", "eval_linear/README.md")
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", *EVALUATIONS, "benchmarks/RESULTS.md")]
 WRITTEN_BY_A_RUN = {"log.txt"}
 
 

@@ -74,6 +74,18 @@ def test_an_epoch_is_the_permutation_of_its_seed_in_batches():
     assert pieces[0]["indices"].dtype == torch.int64 and pieces[0]["first_sample"] == 0 and pieces[0]["bad"] == []
 
 
+def test_the_last_images_may_be_a_smaller_batch_of_which_a_process_has_none():
+    whole = make_loader(drop_last=False)
+    assert whole.niter == 5 and len(list(whole)) == len(whole) == 10
+    shares = [[p["indices"].tolist() for p in make_loader(size=2, rank=r, drop_last=False, epochs=1)] for r in (0, 1)]
+    assert [len(share) for share in shares[0]] == [4, 4, 2] and [len(share) for share in shares[1]] == [4, 4, 0]
+    order = Permutation(18, 3, 0)[np.arange(18)].tolist()
+    assert [i for parts in zip(*shares, strict=True) for part in parts for i in part] == order
+    empty = list(make_loader(size=2, rank=1, drop_last=False, epochs=1))[-1]
+    assert empty["indices"].dtype == torch.int64 and "crops" not in empty
+    assert next(iter(to_device_ahead([empty], torch.device("cpu"))))["indices"].shape == (0,)
+
+
 @pytest.mark.parametrize("augment", ["fast", "pil"])
 def test_workers_processes_and_pieces_change_no_bit(augment):
     reference = samples(make_loader(augment=augment))

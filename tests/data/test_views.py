@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
-from data.views import MultiCropViews, seeded_generators
+from data.views import LinearViews, MultiCropViews, seeded_generators
 from tests.data.helpers import photograph
 
 SMALL = {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 3}
@@ -73,3 +74,21 @@ def test_a_recipe_prints_as_a_table():
 def test_an_unknown_path_is_an_error():
     with pytest.raises(ValueError, match="'tensor': has to be fast or pil"):
         MultiCropViews(augment="tensor")
+
+
+def test_the_crop_of_linear_probing_is_the_originals_bit_for_bit_and_the_fast_one_is_alike():
+    image = Image.fromarray(photograph(2))
+    theirs = transforms.Compose([transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip()])
+    pil, fast = LinearViews(32, "pil"), LinearViews(32)
+    means = []
+    for index in range(200):
+        with seeded_generators(index):
+            ours = pil.pil_crops(image)[0]
+        with seeded_generators(index):
+            assert np.array_equal(ours.permute(1, 2, 0).numpy(), np.array(theirs(image)))
+        means.append(
+            [views(x, (0, 0, index))["crops"][0].float() for views, x in ((pil, image), (fast, photograph(2)))]
+        )
+    pil_crops, fast_crops = (torch.stack(crops) for crops in zip(*means, strict=True))
+    assert fast_crops.shape == (200, 3, 32, 32)
+    assert abs(pil_crops.mean() - fast_crops.mean()) < 3 and abs(pil_crops.std() - fast_crops.std()) < 3

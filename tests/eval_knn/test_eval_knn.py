@@ -282,6 +282,19 @@ def test_kept_features_are_used_again_and_never_for_another_checkpoint(evaluate,
     assert "not used, weights is" in other and "features written to" in other
 
 
+def test_other_features_are_kept_under_their_own_name(evaluate, tmp_path):
+    options = ("--pretrained_weights", micro(tmp_path), "--crop_size", 32, "--nb_knn", 5)
+    keep = ("--dump_features", tmp_path / "kept")
+    code, said, error = evaluate(*options, *keep, "--n_last_blocks", 2, "--avgpool_patchtokens", 2, "--baselines")
+    assert code == 0 and "untrained" in said, error
+    assert torch.load(tmp_path / "kept" / "trainfeat.pth").shape[1] == 3 * 128
+    key = json.loads((tmp_path / "kept" / "features.json").read_text())
+    assert key["feature"] == "class token of the last 2 blocks and mean patch token of the last, L2-normalised"
+    code, _, error = evaluate(*options, "--load_features", tmp_path / "kept")
+    assert code == 2 and "feature is" in error
+    assert evaluate("--arch", "resnet18", "--crop_size", 32, "--nb_knn", 5)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -300,6 +313,8 @@ def test_kept_features_are_used_again_and_never_for_another_checkpoint(evaluate,
         (["--num_workers", "-1"], ["--num_workers -1"]),
         (["--patch_size", "15"], ["--patch_size 15"]),
         (["--arch", "vit_smal"], ["vit_smal", "did you mean vit_small"]),
+        (["--n_last_blocks", "9"], ["--n_last_blocks 9", "4 blocks"]),
+        (["--arch", "resnet18", "--n_last_blocks", "2"], ["resnet18", "--n_last_blocks 1"]),
         (["--load_features", "/no/features"], ["/no/features", "no features there"]),
         (["--nb_knm", "3"], ["--nb_knm", "did you mean --nb_knn"]),
         (["--device", "cuda"], ["cuda"]),

@@ -284,6 +284,19 @@ def test_a_network_that_pools_patches_is_not_mistaken_for_one_with_a_class_token
     assert "fc_norm" in refusal(load_backbone, model, GOLDEN / "unic" / "teacher_dbotft.pth")
 
 
+def test_a_network_that_pools_patches_is_built_as_one(tmp_path):
+    model = build_backbone("vit_micro", 8, img_size=32, use_mean_pooling=True).eval()
+    torch.nn.init.normal_(model.fc_norm.weight)
+    path = saved(tmp_path, {"model": model.state_dict() | {"head.weight": torch.zeros(5, 128)}})
+    network = network_from_file(path)
+    images = torch.randn(2, 3, 32, 32)
+    assert network.report.complete and network.report.ignored == ["head.weight"]
+    assert torch.equal(network.model.eval()(images), model(images))
+    assert "norm.weight" in refusal(
+        load_backbone, model, saved(tmp_path, build_backbone("vit_micro", 8, img_size=32).state_dict())
+    )
+
+
 def test_no_part_of_a_linear_classifier_is_taken_for_a_backbone():
     text = refusal(load_backbone, tiny(), GOLDEN / "attmask" / "checkpoint_teacher_linear.pth")
     assert "matched 0 of 30" in text and "linear classifier" in text

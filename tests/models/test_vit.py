@@ -54,6 +54,27 @@ def test_crops_packed_together_equal_the_textbook_network_on_each(options, doubl
     torch.testing.assert_close(gradients(vit, packed), gradients(vit, apart), rtol=1e-8, atol=1e-10)
 
 
+def test_a_network_that_pools_its_patches_does_so_for_packed_crops_and_norms_nothing_else(double):
+    vit = VisionTransformer(**SIZES, use_mean_pooling=True, num_registers=2, drop_path_rate=0.5)
+    torch.nn.init.normal_(vit.fc_norm.weight)
+    crops = [torch.randn(2, 3, 32, 32), torch.randn(3, 3, 16, 24)]
+    for crop, packed in zip(crops, vit.forward_crops(crops).split([2, 3]), strict=True):
+        tokens = textbook(vit, crop)
+        pooled = vit.fc_norm(tokens[:, 3:].mean(dim=1))
+        torch.testing.assert_close(packed, pooled, rtol=1e-10, atol=1e-12)
+        expected = torch.cat((pooled[:, None], tokens[:, 1:]), dim=1)
+        torch.testing.assert_close(vit.forward_features(crop), expected, rtol=1e-10, atol=1e-12)
+    draws = np.random.default_rng(0).random((SIZES["depth"], 2, 5))
+    apart = torch.cat([vit(crop, draws[..., part]) for crop, part in zip(crops, (slice(2), slice(2, 5)), strict=True)])
+    torch.testing.assert_close(vit.forward_crops(crops, draws), apart, rtol=1e-10, atol=1e-12)
+
+
+def test_intermediate_layers_without_the_norm_pass_it_to_become_those_with_it(double):
+    vit, images = VisionTransformer(**SIZES), torch.randn(2, 3, 32, 32)
+    for bare, normed in zip(*(vit.get_intermediate_layers(images, 2, norm) for norm in (False, True)), strict=True):
+        torch.testing.assert_close(vit.norm(bare), normed)
+
+
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("rate", [0.3, 0.95])
 def test_stochastic_depth_that_skips_equals_stochastic_depth_that_multiplies(skip, rate, double):

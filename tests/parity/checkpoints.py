@@ -5,17 +5,20 @@ from collections.abc import Iterator
 
 import torch
 
-from features import block_class_tokens, class_token, class_token_and_patch_mean, multiscale_class_token
-from models.checkpoints import choose_tensors, load_tensors, read_backbone
+from data.preprocess import MEAN, STD
+from features import Feature, class_token, multiscale_class_token
+from linear_heads import heads_of
+from models.checkpoints import choose_tensors, compare, load_tensors, read_backbone
 from models.layouts import LAYOUTS, plain_name
 from models.safe_load import load_file
 from tests.parity import Case
 from tests.parity.networks import build_vit
 from visualize_attention import attention_maps
 
-# <key>_<feature>[_<input>], as in teacher_linear_n2_avgpool or student_attn_y
+# <key>_<feature>[_<input>], as in teacher_linear_n2_avgpool, student_n1_avgpool2 or student_attn_y
 OUTPUT = re.compile(
-    r"out/(?P<key>[^_]+)_(?P<feature>knn|linear_n(?P<n>\d+)|multiscale|attn)(?P<avgpool>_avgpool)?(?P<input>_\w+)?"
+    r"out/(?P<key>[^_]+)_(?P<feature>knn|(linear_)?n(?P<n>\d+)|multiscale|attn)"
+    r"(?P<avgpool>_avgpool(?P<kind>\d)?)?(?P<input>_\w+)?"
 )
 
 
@@ -26,7 +29,7 @@ def checkpoint_and_features(case: Case) -> Iterator[tuple]:
         if "value" in case.entry["outputs"][name]:
             yield from training_layout(case, name, training)
     for name in case.extra_files:
-        for key in ("teacher", "student") if name in training else ("teacher",):
+        for key in ("teacher", "student") if name in training else ("student" if "student" in name else "teacher",):
             model = build_vit(case.params).to(case.dtype).eval()
             load_tensors(model, *read_backbone(case.folder / name, key))
             for label in case.names(f"out/{key}_"):
@@ -43,8 +46,10 @@ def training_layout(case: Case, output: str, training: dict[str, dict]) -> Itera
         if output.endswith("_keys_sample"):
             tensors = file[output.removesuffix("_keys_sample")]
             yield f"{output} of {name}", [tensor for tensor in expected if tensor in tensors], expected
-        elif output == "dino_loss_keys":
-            shapes = {tensor: list(value.shape) for tensor, value in file["dino_loss"].items()}
+        elif output == "student_head_keys":
+            yield f"{output} of {name}", [tensor for tensor in file["student"] if ".head." in tensor], expected
+        elif output.endswith("_loss_keys"):
+            shapes = {tensor: list(value.shape) for tensor, value in file[output.removesuffix("_keys")].items()}
             yield f"{output} of {name}", shapes, expected
 
 
@@ -60,9 +65,63 @@ def feature_of(case: Case, model: torch.nn.Module, label: str) -> torch.Tensor:
             return multiscale_class_token(model, images)
         if match["feature"] == "attn":
             return attention_maps(model, images).flatten(2)
-        if match["avgpool"]:
-            return class_token_and_patch_mean(model, images)
-        return block_class_tokens(model, images, int(match["n"]))
+        avgpool = match["kind"] or ("interleaved" if match["avgpool"] else "0")
+        return Feature(int(match["n"]), avgpool)(model, images)
+
+
+def attmask_checkpoint(case: Case) -> Iterator[tuple]:
+    config, files = case.params["model"], {name: load_file(case.folder / name) for name in case.extra_files}
+    full, bare = max(files.values(), key=len), min(files.values(), key=len)
+    yield "top_level_keys", sorted(full), sorted(case.params["top_level_keys"])
+    for key in ("student", "teacher"):
+        prefixes = {".".join(name.split(".")[: 2 if key == "student" else 1]) + "." for name in full[key]}
+        yield f"{key}_keys_prefix", sorted(prefixes), case.params[f"{key}_keys_prefix"].split(" / ")
+    layout, tensors = case.params["backbone_only_layout"], list(bare["state_dict"])
+    found = {"top": list(bare), "first_keys": tensors[: len(layout["first_keys"])], "n": len(tensors)}
+    yield "backbone_only_layout", found, layout
+    for name in files:
+        state, info = read_backbone(case.folder / name)
+        for label, messages in case.params["load_messages"].items():
+            n, avgpool = re.search(r"_n(\d+)_avg(\d)", label).groups()
+            model = build_vit(config).to(case.dtype).eval()
+            load_tensors(model, state, info)
+            with torch.no_grad():
+                feature = Feature(int(n), avgpool)(model, case.tensor("images"))
+            yield f"{label} of {name}", feature, case.arrays[label]
+            if name != "backbone_only.pth":  # which has no heads to be ignored
+                theirs = build_vit(config, use_mean_pooling=avgpool == "1")
+                report = compare(theirs.state_dict(), state, info)
+                yield f"{label} missing", report.missing, messages["missing"]
+                yield f"{label} unexpected", sorted(report.unexpected + report.ignored), sorted(messages["unexpected"])
+    for label in case.names("linear_"):
+        yield f"linear_ in load_messages {label}", label in case.params["load_messages"], True
+
+
+def combined_checkpoint(case: Case) -> Iterator[tuple]:
+    """AttMask's classifier for ImageNet-9: backbone and linear head in one file, made from two others."""
+    files = {name: load_file(case.folder / name) for name in case.extra_files}
+    combined, file = next(pair for pair in files.items() if "linear.weight" in pair[1].get("state_dict", {}))
+    yield "combined_top_level_keys", list(file), case.params["combined_top_level_keys"]
+    yield "combined_state_dict_keys", list(file["state_dict"]), case.params["combined_state_dict_keys"]
+    yield "epoch", file["epoch"], case.params["epoch"]
+    yield "best_acc", file["best_acc"], case.params["best_acc"]
+    model = build_vit(case.params["model"]).to(case.dtype).eval()
+    report = load_tensors(model, *read_backbone(case.folder / combined))
+    yield "load_missing", report.missing, case.params["load_missing"]
+    linear = [name for name in report.ignored if name.startswith("linear.")]  # the original has them in its network
+    yield "load_unexpected", [name for name in report.ignored if name not in linear], case.params["load_unexpected"]
+    ((weight, bias),) = heads_of(file)
+    mean, std = (torch.tensor(values).to(case.dtype).view(3, 1, 1) for values in (MEAN, STD))  # float32 in the original
+    with torch.no_grad():
+        features = Feature(4)(model, (case.tensor("images").clamp(0, 1) - mean) / std)
+    logits = features @ weight.to(case.dtype).T + bias.to(case.dtype)
+    yield "logits", logits, case.arrays["logits"]
+    predictions, labels = logits.argmax(dim=1), case.tensor("labels")
+    yield "pred", predictions, case.arrays["pred"]
+    classes = torch.tensor([case.params["class_to_super"][str(number)] for number in range(logits.shape[1])])
+    outputs = case.entry["outputs"]
+    yield "accuracy_mapped", (classes[predictions] == labels).double().mean(), outputs["accuracy_mapped"]
+    yield "accuracy_unmapped", (predictions == labels).double().mean(), outputs["accuracy_unmapped"]
 
 
 def checkpoint_key_handling(case: Case) -> Iterator[tuple]:
@@ -81,6 +140,8 @@ def checkpoint_key_handling(case: Case) -> Iterator[tuple]:
 
 
 RUNNERS = {
-    "dino/checkpoint_and_features": checkpoint_and_features,
+    "*/checkpoint_and_features": checkpoint_and_features,
+    "attmask/checkpoint": attmask_checkpoint,
+    "attmask/in9_model": combined_checkpoint,
     "eval_core/checkpoint_key_handling": checkpoint_key_handling,
 }

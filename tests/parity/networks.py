@@ -23,6 +23,7 @@ def build_vit(config: dict, **kwargs) -> VisionTransformer:
         mlp_ratio=config.get("mlp_ratio", 4),
         qkv_bias=config.get("qkv_bias", True),
         img_size=config["img"],
+        **{name: config[name] for name in ("init_values", "use_mean_pooling") if name in config},
         **kwargs,
     )
 
@@ -196,8 +197,7 @@ def vit_masked(case: Case) -> Iterator[tuple]:
 
 
 def vit_tokens(case: Case) -> Iterator[tuple]:
-    options = {name: case.params[name] for name in ("init_values",) if name in case.params}
-    vit = build_vit(case.params, **options).to(case.dtype)
+    vit = build_vit(case.params).to(case.dtype)
     vit.load_state_dict(case.state("state"))
     for name in case.names("in/x_"):
         kind = name.removeprefix("in/x_")
@@ -266,6 +266,7 @@ RUNNERS = {
     "ibot/multicrop_wrapper": ibot_multicrop,
     "ibot/vit_masked": vit_masked,
     "ibot/vit_layerscale": vit_tokens,
+    "ibot/vit_meanpool": vit_tokens,
     "dino/vit_forward": vit_forward,
     "dino/vit_backward": vit_backward,
     "dino/vit_structure": vit_structure,

@@ -1,0 +1,311 @@
+"""Linear probing as a script: it learns, continues exactly, shares its work, and refuses in one line."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluation
+from eval_linear import eval_linear
+from eval_linear.eval_linear import main
+from linear_heads import heads_of
+from models import build_backbone
+from models.checkpoints import read_backbone
+from models.layouts import plain_name
+from tests.eval_knn.test_eval_knn import micro
+from tests.launch import ROOT, SMALL, finish, flatten, make_images, start
+from tests.sources import Stripes
+from utils import run_cli
+
+
+@pytest.fixture
+def probe(monkeypatch, tmp_path, capsys):
+    """Run the script in this process on stripes: (exit code, standard output, standard error)."""
+
+    def run(*arguments: object, out: str = "out", stripes: bool = True) -> tuple[int, str, str]:
+        if stripes:
+            monkeypatch.setattr(
+                evaluation,
+                "open_source",
+                lambda path, subset=None, split="train", start=0: Stripes(6, 7, int(split != "train")),
+            )
+        options = ["--device", "cpu", "--num_workers", 0, "--crop_size", 32, "--batch_size_per_gpu", 16]
+        options += ["--output_dir", tmp_path / out, *arguments]
+        monkeypatch.setattr(sys, "argv", ["eval_linear.py", *map(str, options)])
+        with pytest.raises(SystemExit) as exit_:
+            run_cli(main)
+        return exit_.value.code, *capsys.readouterr()
+
+    return run
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def saved(folder: Path, name: str = "checkpoint.pth.tar") -> dict:
+    return torch.load(folder / name, weights_only=True)
+
+
+def assert_same(one: dict, other: dict) -> None:
+    one, other = flatten(one), flatten(other)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
+
+
+# ---- what it does ---------------------------------------------------------------------------------------------------
+
+
+def test_on_the_photographs_the_heads_of_an_untrained_network_beat_chance(probe, tmp_path):
+    heads = ("--n_last_blocks", 1, 4, "--avgpool_patchtokens", 0, 2, "--lr", 0.05, 0.5)
+    options = ("--arch", "vit_micro", "--patch_size", 8, "--subset", 12, "--epochs", 2)
+    code, said, error = probe(*options, *heads, stripes=False)
+    assert code == 0, error
+    assert "19 photographs" in said and "linear heads: 8, on" in said and "RANDOM WEIGHTS" in said
+    result = json.loads((tmp_path / "out" / "eval_linear.json").read_text())
+    numbers = result["numbers"]
+    assert list(result) == ["evaluation", "checkpoint", "checkpoint_key", "arch", "data", "numbers"]
+    assert numbers["top1"] > 3 * 100 / 19 and numbers["top5"] > numbers["top1"]
+    assert numbers["top1"] == max(head["top1"] for head in numbers["heads"])
+    assert [(h["n_last_blocks"], h["avgpool_patchtokens"], h["lr"]) for h in numbers["heads"][:4]] == [
+        (1, "0", 0.05), (1, "0", 0.5), (1, "2", 0.05), (1, "2", 0.5)
+    ]  # fmt: skip
+    first, second = lines_of(tmp_path / "out")
+    keys = ["train_loss", "train_lr", "epoch", "test_loss", "test_acc1", "test_acc5", "head", "heads"]
+    assert list(first) == keys and len(first["heads"]) == 8
+    assert first["train_lr"] == pytest.approx(first["heads"][first["head"]]["lr"] * 16 / 256)
+    assert second["heads"][0]["train_lr"] == pytest.approx(0.05 * 16 / 256 / 2)
+    assert second["heads"][1]["train_loss"] < first["heads"][1]["train_loss"]
+    assert said.splitlines()[-1] == f"Top-1 test accuracy: {numbers['top1']:.1f}"
+    table = said.split("in percent\n")[1].splitlines()[:8]
+    assert float(table[-1].split()[-1]) == pytest.approx(numbers["top1"], abs=0.005)
+
+
+def test_one_head_leaves_the_originals_files(probe, tmp_path):
+    path = micro(tmp_path, args={"global_crops_size": 32})
+    code, said, error = probe("--pretrained_weights", path, "--lr", 0.3, "--epochs", 3, "--val_freq", 2)
+    assert code == 0, error
+    assert "best of" not in said and "highest top-1" not in said
+    lines = lines_of(tmp_path / "out")
+    assert [list(line)[:3] for line in lines] == [["train_loss", "train_lr", "epoch"]] * 3
+    assert ["test_acc1" in line for line in lines] == [True, False, True]
+    file = saved(tmp_path / "out", "checkpoint_teacher_linear.pth")
+    assert list(file)[:5] == ["epoch", "state_dict", "optimizer", "scheduler", "best_acc"]
+    assert {name: tuple(t.shape) for name, t in file["state_dict"].items()} == {
+        "module.linear.weight": (6, 4 * 128), "module.linear.bias": (6,)
+    }  # fmt: skip
+    best = max(line["test_acc1"] for line in lines if "test_acc1" in line)
+    assert file["best_acc"] == best > 100 / 6 and file["scheduler"]["T_max"] == 3
+    code, said, error = probe("--pretrained_weights", path, "--evaluate")
+    assert code == 0, error
+    assert f"Top-1 test accuracy: {best:.1f}" in said
+    assert json.loads((tmp_path / "out" / "eval_linear.json").read_text())["numbers"]["top1"] == best
+
+
+def test_of_several_heads_the_best_is_evaluated_on_its_own_feature(probe, tmp_path):
+    options = ("--pretrained_weights", micro(tmp_path), "--n_last_blocks", 1, 2, "--lr", 0.02, 0.2, 0.5, "--epochs", 1)
+    assert probe(*options)[0] == 0
+    file = saved(tmp_path / "out", "checkpoint_teacher_linear.pth")
+    assert {"optimizers", "schedulers", "best_acc_hidx", "best_acc_sweep_lr_only"} <= file.keys()
+    assert list(file["state_dict"])[:2] == ["0.module.linear.weight", "0.module.linear.bias"]
+    assert len(heads_of(file)) == 6
+    (line,) = lines_of(tmp_path / "out")
+    accuracies = [head["test_acc1"] for head in line["heads"]]
+    assert file["best_acc"] == max(accuracies) and accuracies[file["best_acc_hidx"]] == max(accuracies)
+    assert max(accuracies) not in accuracies[file["best_acc_hidx"] + 1 :]
+    given = ("--evaluate", "--pretrained_linear", tmp_path / "out" / "checkpoint_teacher_linear.pth")
+    code, said, error = probe("--pretrained_weights", micro(tmp_path), *given, out="other")
+    assert code == 0 and f"Top-1 test accuracy: {file['best_acc']:.1f}" in said, error
+
+
+def test_the_full_sweep_of_ibot_runs_and_fewer_than_five_classes_have_no_top_five(probe, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        evaluation,
+        "open_source",
+        lambda path, subset=None, split="train", start=0: Stripes(4, 4, int(split != "train")),
+    )
+    options = ("--sweep_lr_only", "false", "--epochs", 1, "--n_last_blocks", 1)
+    code, _, error = probe("--pretrained_weights", micro(tmp_path), *options, stripes=False)
+    assert code == 0, error
+    (line,) = lines_of(tmp_path / "out")
+    assert len(line["heads"]) == 180 and "test_acc5" not in line and "test_acc1" in line
+    assert [line["heads"][i]["optimizer"] for i in range(4)] == ["sgd", "lars"] * 2
+    file = saved(tmp_path / "out")
+    plain = [head["test_acc1"] for head in line["heads"]][::4]
+    assert file["best_acc_sweep_lr_only"] == max(plain)
+    assert "mu" in file["optimizers"][1]["state"][0]
+
+
+def test_a_network_without_blocks_gives_its_pooled_output(probe, tmp_path):
+    code, said, error = probe("--arch", "resnet18", "--n_last_blocks", 1, "--epochs", 1, "--lr", 0.1)
+    assert code == 0 and "its pooled output is taken" in said, error
+    assert heads_of(saved(tmp_path / "out"))[0][0].shape == (6, 512)
+    code, _, error = probe("--arch", "resnet18", out="other")
+    assert code == 2 and "--n_last_blocks 1" in error and error.count("\n") == 1
+
+
+def test_a_head_that_stands_beside_its_backbone_is_evaluated(probe, tmp_path):
+    """As iBOT and AttMask combine them."""
+    path = micro(tmp_path)
+    assert probe("--pretrained_weights", path, "--epochs", 1, "--lr", 0.2)[0] == 0
+    backbone = {plain_name(name): tensor for name, tensor in read_backbone(path)[0].items()}
+    linear = {f"linear.{n[14:]}": t for n, t in saved(tmp_path / "out")["state_dict"].items()}
+    torch.save({"epoch": 1, "state_dict": backbone | linear, "best_acc": 1.0}, tmp_path / "combined.pth")
+    code, said, error = probe("--pretrained_weights", tmp_path / "combined.pth", "--evaluate", out="other")
+    assert code == 0 and f"Top-1 test accuracy: {saved(tmp_path / 'out')['best_acc']:.1f}" in said, error
+    code, _, error = probe("--pretrained_weights", tmp_path / "combined.pth", "--evaluate", "--n_last_blocks", 1)
+    assert code == 2 and "width 512" in error and "--n_last_blocks" in error
+
+
+# ---- continuing -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_interrupted_ends_with_the_same_bits(probe, monkeypatch, tmp_path):
+    options = ("--pretrained_weights", micro(tmp_path), "--n_last_blocks", 1, 2, "--lr", 0.1, 0.4, "--epochs", 4)
+    assert probe(*options, out="whole")[0] == 0
+    train_one_epoch = eval_linear.train_one_epoch
+
+    def stop_in_the_third(run, loader, pieces, epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return train_one_epoch(run, loader, pieces, epoch)
+
+    monkeypatch.setattr(eval_linear, "train_one_epoch", stop_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        probe(*options, out="parts")
+    monkeypatch.setattr(eval_linear, "train_one_epoch", train_one_epoch)
+    assert saved(tmp_path / "parts")["epoch"] == 2
+    code, said, _ = probe(*options, out="parts")
+    assert code == 0 and "at epoch 2 of 4" in said
+    for name in ("checkpoint.pth.tar", "checkpoint_teacher_linear.pth"):
+        assert_same(saved(tmp_path / "whole", name), saved(tmp_path / "parts", name))
+    assert (tmp_path / "whole" / "log.txt").read_text() == (tmp_path / "parts" / "log.txt").read_text()
+    code, again, _ = probe(*options, out="parts")
+    assert code == 0 and "Epoch: " not in again and again.splitlines()[-1] == said.splitlines()[-1]
+
+
+def test_another_run_in_the_same_folder_is_refused_with_every_difference(probe, tmp_path):
+    options = ("--pretrained_weights", micro(tmp_path), "--epochs", 1)
+    assert probe(*options, "--lr", 0.1)[0] == 0
+    before = saved(tmp_path / "out")
+    code, _, error = probe(*options, "--lr", 0.2, "--seed", 5)
+    assert code == 2 and "--seed: 0 there, 5 here" in error and "other heads" in error and error.count("\n") == 1
+    code, _, error = probe("--pretrained_weights", micro(tmp_path, seed=4), "--epochs", 1, "--lr", 0.1)
+    assert code == 2 and "network: vit_micro/8" in error
+    assert_same(before, saved(tmp_path / "out"))
+
+
+def test_a_file_of_the_original_is_continued_with_load_from(probe, tmp_path):
+    options = ("--pretrained_weights", micro(tmp_path), "--lr", 0.1, "--epochs", 3)
+    assert probe(*options, out="whole")[0] == 0
+    file = {name: value for name, value in saved(tmp_path / "whole").items() if name != "tutelage"}
+    (tmp_path / "out").mkdir()
+    torch.save(file | {"epoch": 2}, tmp_path / "out" / "theirs.pth")
+    code, said, error = probe(*options, "--load_from", "theirs.pth")
+    assert code == 0 and "not checked" in said and "at epoch 2 of 3" in said, error
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    """21 training images in batches of 2 x 8: of the last batch the second process has none."""
+    make_images(tmp_path / "data" / "train", 21, 3)
+    make_images(tmp_path / "data" / "val", 9, 3)
+    path = micro(tmp_path)
+    for name, processes in (("one", 1), ("two", 2)):
+        words = [
+            "--n_last_blocks",
+            "1",
+            "2",
+            "--lr",
+            "0.1",
+            "1",
+            "--epochs",
+            "2",
+            "--crop_size",
+            "32",
+            "--num_workers",
+            "0",
+        ]
+        words += ["--pretrained_weights", str(path), "--data_path", str(tmp_path / "data"), "--device", "cpu"]
+        words += ["--batch_size_per_gpu", str(16 // processes), "--output_dir", str(tmp_path / name)]
+        script = [str(ROOT / "eval_linear" / "eval_linear.py"), *words]
+        finish(start(processes, script, **dict.fromkeys(SMALL)))
+    one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
+    for name, tensor in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], tensor, rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(lines_of(tmp_path / "two"), lines_of(tmp_path / "one"), strict=True):
+        assert ours["head"] == theirs["head"]
+        for head, other in zip(ours["heads"], theirs["heads"], strict=True):
+            assert (numbers := [name for name in head if name.startswith(("train_", "test_"))])
+            assert [head[n] for n in numbers] == pytest.approx([other[n] for n in numbers], rel=1e-4, abs=1e-6)
+
+
+# ---- what it refuses ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--pretrained_weights", "no/where.pth"], ["no/where.pth", "no such file"]),
+        (["--data_path", "no/where"], ["--data_path no/where", "train/"]),
+        (["--num_labels", "18"], ["--num_labels 18", "19 classes"]),
+        (["--lr", "0"], ["--lr 0"]),
+        (["--lr", "0.1", "-1"], ["--lr -1"]),
+        (["--lr", "nan"], ["--lr nan"]),
+        (["--lr", "0.1", "--sweep_lr_only"], ["--sweep_lr_only", "--lr"]),
+        (["--avgpool_patchtokens", "3"], ["--avgpool_patchtokens", "'3'", "interleaved"]),
+        (["--avgpool_patchtokens", "true"], ["--n_last_blocks 4", "interleaved", "--n_last_blocks 1"]),
+        (["--n_last_blocks", "5"], ["--n_last_blocks 5", "4 blocks"]),
+        (["--n_last_blocks", "0"], ["--n_last_blocks 0"]),
+        (["--epochs", "0"], ["--epochs 0"]),
+        (["--val_freq", "0"], ["--val_freq 0"]),
+        (["--crop_size", "8"], ["--crop_size 8"]),
+        (["--pretrained_linear", "x.pth"], ["--evaluate"]),
+        (["--evaluate"], ["--evaluate", "--pretrained_linear"]),
+        (["--evaluate", "--pretrained_linear", "x.pth"], ["x.pth", "no such file"]),
+        (["--load_from", "x.pth"], ["x.pth", "no such file"]),
+        (["--epoch", "3"], ["--epoch", "did you mean --epochs"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_bad_options_end_in_one_line_and_exit_code_two(probe, tmp_path, arguments, words):
+    code, said, error = probe("--arch", "vit_micro", *arguments, stripes=False)
+    assert code == 2 and error.count("\n") == 1, (said, error)
+    assert all(word in error for word in words), error
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_poolings_have_the_names_of_both_originals(probe, tmp_path):
+    for n, words, width in ((1, "true", 256), (1, "interleaved", 256), (4, "False", 512), (4, "1", 128), (2, "2", 384)):
+        options = ("--arch", "vit_micro", "--epochs", 1, "--n_last_blocks", n, "--avgpool_patchtokens", words)
+        assert probe(*options, out=words)[0] == 0
+        assert heads_of(saved(tmp_path / words))[0][0].shape == (6, width)
+
+
+def test_a_published_head_of_dino_is_tested(probe, tmp_path):
+    torch.save({"state_dict": {"module.linear.weight": torch.randn(10, 256), "module.linear.bias": torch.zeros(10)}},
+               tmp_path / "published.pth")  # fmt: skip
+    options = ("--arch", "vit_micro", "--evaluate", "--pretrained_linear", tmp_path / "published.pth")
+    code, said, error = probe(*options, "--n_last_blocks", 1, "--avgpool_patchtokens", "true")
+    assert code == 0 and "Top-1 test accuracy" in said, error
+    assert probe(*options, "--n_last_blocks", 1, 2)[0] == 2
+    code, _, error = probe(*options, "--n_last_blocks", 2, "--num_labels", 7)
+    assert code == 2 and "10 classes" in error
+
+
+def test_an_unreadable_training_image_is_replaced_and_counted(probe, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        evaluation,
+        "open_source",
+        lambda path, subset=None, split="train", start=0: Stripes(bad=(3,) * (split == "train")),
+    )
+    model = build_backbone("vit_micro", 8, img_size=32)
+    torch.save(model.state_dict(), tmp_path / "flat.pth")
+    code, said, error = probe("--pretrained_weights", tmp_path / "flat.pth", "--epochs", 2, stripes=False)
+    assert code == 0 and said.count("stripes/3.png: cut off in the middle") == 1, error
+    assert said.count("could not be read and another one took its place") == 2

@@ -1,0 +1,145 @@
+"""Runners: linear heads on given features, and on those of a checkpoint."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from eval_linear.eval_linear import SWEEP_LRS, sweep_recipes
+from features import Feature
+from linear_heads import LinearHeads, Probe, Recipe, best_head, cosine_factor, heads_of, saved_heads
+from models.checkpoints import load_tensors, read_backbone
+from models.safe_load import load_file
+from tests.parity import Case
+from tests.parity.networks import build_vit
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def given_batches(case: Case, kind: str) -> Batches:
+    count = len(case.names(f"in/{kind}")) // 2
+    return [(case.tensor(f"in/{kind}{i}_x"), case.tensor(f"in/{kind}{i}_y")) for i in range(count)]
+
+
+def train_epoch(probe: Probe, batches: Batches, factor: float) -> torch.Tensor:
+    """Mean loss (heads,) over the steps."""
+    return torch.stack([probe.train_step([x], y, len(y), factor) for x, y in batches]).mean(dim=0)
+
+
+def original_meters(probe: Probe, batches: Batches) -> np.ndarray:
+    """(3, heads): loss, top-1 and top-5 as the originals average them over batches.
+
+    They round the percentage of every batch to float32 and weight it by the batch's size; the loss they do not weight.
+    """
+    tested = [(probe.test([x], y).numpy(), len(y)) for x, y in batches]
+    losses = np.mean([sums[0] / size for sums, size in tested], axis=0)
+    percent = [np.float32(sums[1:]) * np.float32(100) / np.float32(size) for sums, size in tested]
+    weighted = sum(p.astype(np.float64) * size for p, (_, size) in zip(percent, tested, strict=True))
+    return np.concatenate((losses[None], weighted / sum(size for _, size in tested)))
+
+
+def stacked_heads(case: Case, prefixes: list[str], recipes: list[Recipe]) -> Probe:
+    parts = [
+        torch.stack([case.tensor(f"{prefix}/linear.{part}") for prefix in prefixes]) for part in ("weight", "bias")
+    ]
+    return Probe([LinearHeads(*parts, recipes)])
+
+
+def linear_probe_training(case: Case) -> Iterator[tuple]:
+    p = case.params
+    lr = p["lr"] * p["batch_size_per_gpu"] * p["world_size"] / 256
+    yield "history, lr_effective", lr, p["lr_effective"]
+    probe = stacked_heads(case, ["classifier0"], [Recipe(lr, p["weight_decay"])])
+    train, val = given_batches(case, "train"), given_batches(case, "val")
+    for epoch, expected in enumerate(case.value("history")):
+        factor = cosine_factor(epoch, p["epochs"])
+        (loss,) = train_epoch(probe, train, factor)
+        yield f"history {epoch} train loss", loss, expected["train"]["loss"]
+        yield f"history {epoch} train lr", lr * factor, expected["train"]["lr"]
+        for name, (value,) in zip(("loss", "acc1", "acc5"), original_meters(probe, val), strict=True):
+            yield f"history {epoch} val {name}", value, expected["val"][name]
+        ((weight, bias, *_),) = probe.tensors()
+        yield f"out/weight_epoch{epoch}", weight.clone(), case.arrays[f"out/weight_epoch{epoch}"]
+        yield f"out/bias_epoch{epoch}", bias.clone(), case.arrays[f"out/bias_epoch{epoch}"]
+
+
+def linear_multi(case: Case) -> Iterator[tuple]:
+    p = case.params
+    yield "lrs", SWEEP_LRS, case.value("lrs")
+    grid = [list(recipe) for recipe in sweep_recipes(lr_only=False)]
+    label = next(name for name in case.outputs() if name.startswith("full_grid_first"))
+    yield label, grid[: len(case.value(label))], case.value(label)
+    yield f"{label}, only rates", [recipe.lr for recipe in sweep_recipes(lr_only=True)], case.value("lrs")
+    scale = p["batch_size_per_gpu"] * p["world_size"] / 256
+    recipes = [Recipe(lr * scale, wd, name) for lr, wd, name in case.value("permutes")]
+    probe = stacked_heads(case, [f"head{i}" for i in range(len(recipes))], recipes)
+    train, val = given_batches(case, "train"), given_batches(case, "val")
+    for epoch in range(p["epochs"]):
+        train_epoch(probe, train, cosine_factor(epoch, p["epochs"]))
+    for i, (weight, bias, *_) in enumerate(probe.tensors()):
+        yield f"out/head{i}_weight", weight, case.arrays[f"out/head{i}_weight"]
+        yield f"out/head{i}_bias", bias, case.arrays[f"out/head{i}_bias"]
+    names = ("loss{}", "acc{}@1", "acc{}@5")
+    found = {
+        name.format(i): value
+        for name, row in zip(names, original_meters(probe, val), strict=True)
+        for i, value in enumerate(row)
+    }
+    for name, value in case.value("last_val").items():
+        yield f"last_val {name}", found[name], value
+    example = case.value("selection_example")
+    best = best_head(example["accuracies"])
+    yield (
+        "selection_example",
+        {"best_index": best, "best": example["accuracies"][best]},
+        {name: example[name] for name in ("best_index", "best")},
+    )
+    yield "saved_keys", list(saved_heads(probe, 1, p["epochs"])["state_dict"]), case.value("saved_keys")
+
+
+def probe_of_a_checkpoint(case: Case) -> Iterator[tuple]:
+    """AttMask: the whole of eval_linear on the teacher's class tokens of the last blocks."""
+    p = case.params
+    model = build_vit(p["model"]).to(case.dtype).eval()
+    load_tensors(model, *read_backbone(case.folder / p["backbone"].split()[0]))
+    with torch.no_grad():
+        features = Feature(min(p["n_last_blocks"], len(model.blocks)))(model, case.tensor("images"))
+    labels, size = case.tensor("labels"), p["batch_size"]
+    train = [(features[i : i + size], labels[i : i + size]) for i in (0, size)]
+    val = [(features[2 * size :], labels[2 * size :])]
+    lr = p["lr_arg"] * size / 256
+    yield "log, effective_lr", lr, p["effective_lr"]
+    heads = LinearHeads(case.tensor("init_weight")[None], case.tensor("init_bias")[None], [Recipe(lr)])
+    probe, saved = Probe([heads]), load_file(case.folder / case.extra_files[0])
+    best = -1.0
+    for line in case.entry["outputs"]["log"]:
+        factor = cosine_factor(line["epoch"], p["epochs"])
+        (loss,) = train_epoch(probe, train, factor)
+        ((test_loss,), (acc1,), (acc5,)) = original_meters(probe, val)
+        found = {"train_loss": loss, "lr_used": lr * factor, "acc1": acc1, "acc5": acc5, "test_loss": test_loss}
+        for name, value in found.items():
+            yield f"log {line['epoch']} {name}", value, line[name]
+        if acc1 >= best:
+            best, ours = acc1, saved_heads(probe, line["epoch"] + 1, p["epochs"])
+            ours = {name: value.clone() for name, value in ours["state_dict"].items()} | {"epoch": ours["epoch"]}
+    ((weight, bias, *_),) = probe.tensors()
+    yield "final_weight/final_bias weight", weight, case.arrays["final_weight"]
+    yield "final_weight/final_bias bias", bias, case.arrays["final_bias"]
+    file = saved_heads(probe, p["epochs"], p["epochs"])
+    yield "checkpoint_teacher_linear.pth keys", [*file, "best_acc"], list(saved)
+    yield "checkpoint_teacher_linear.pth epoch", ours["epoch"], saved["epoch"]
+    yield "checkpoint_teacher_linear.pth best_acc", best, saved["best_acc"]
+    for name, tensor in saved["state_dict"].items():
+        yield f"checkpoint_teacher_linear.pth {name}", ours[name], tensor
+    for name, value in saved["scheduler"].items():
+        if name in file["scheduler"]:
+            yield f"checkpoint_teacher_linear.pth scheduler {name}", file["scheduler"][name], value
+    ((weight, bias),) = heads_of(saved)
+    yield "checkpoint_teacher_linear.pth classes", [len(weight), len(bias)], [p["num_labels"]] * 2
+
+
+RUNNERS = {
+    "eval_core/linear_probe_training": linear_probe_training,
+    "eval_core/linear_multi": linear_multi,
+    "attmask/linear_probe": probe_of_a_checkpoint,
+}
