@@ -9,9 +9,9 @@ import torch
 from data.datasets import ALL, Source, SubsetSource, training_path
 from data.preprocess import eval_transform
 from eval_knn.eval_knn import as_numbers, knn_classify
-from evaluation import common_labels, open_train_and_test
-from features import block_class_tokens, class_token, extract_features, labels_of
-from models import is_vision_transformer
+from evaluation import chosen_features, common_labels, open_train_and_test
+from features import MEAN, extract_features, labels_of
+from models.checkpoints import Network
 from utils import UsageError, World, log
 
 
@@ -20,9 +20,8 @@ class OnlineKNN:
 
     def __init__(self, args: argparse.Namespace, world: World, backbone: torch.nn.Module):
         self.args, self.world, self.backbone = args, world, backbone
-        blocks = len(backbone.blocks) if is_vision_transformer(args.arch) else 1
-        if args.n_last_blocks > blocks:
-            raise UsageError(f"--n_last_blocks {args.n_last_blocks}: {args.arch} gives features of {blocks} block(s)")
+        network = Network(backbone, args.arch, {}, None)
+        (self.feature,) = chosen_features(network, [args.n_last_blocks], [args.avgpool_patchtokens])
         self.temperature = args.teacher_temp if args.knn_temperature is None else args.knn_temperature
         self.sets: tuple[Source, Source] | None = None
         folder = args.knn_data
@@ -82,5 +81,6 @@ class OnlineKNN:
 
     def _feature(self, model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         images = images.to(next(model.parameters()).dtype)
-        count = self.args.n_last_blocks
-        return class_token(model, images) if count == 1 else block_class_tokens(model, images, count)
+        if self.feature.avgpool == MEAN:  # parity: a teacher in training keeps its final norm (AttMask main_attmask.py)
+            return model.get_intermediate_layers(images, 1)[0][:, model.num_prefix_tokens :].mean(dim=1)
+        return self.feature(model, images)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from data.datasets import ALL, check_subset
+from evaluation import add_feature_arguments
 from methods import METHODS, method_class
 from methods.base import Method
 from models import SWINS, VITS, backbone_names, check_swin_patch, is_swin, is_vision_transformer
@@ -19,8 +20,8 @@ from utils import BACKENDS, Parser, UsageError, World, bool_flag, check_writable
 FREE_OPTIONS = {
     *("config", "data_path", "output_dir", "num_workers", "device", "dist_url", "local_rank", "batch_size_per_gpu"),
     *("accum_iter", "grad_checkpointing", "compile", "deterministic", "saveckp_freq", "save_every_minutes"),
-    *("knn_every", "knn_data", "knn_per_class", "nb_knn", "n_last_blocks", "knn_temperature", "use_cuda"),
-    *("print_freq", "max_bad_images", "max_skipped"),
+    *("knn_every", "knn_data", "knn_per_class", "nb_knn", "n_last_blocks", "avgpool_patchtokens", "knn_temperature"),
+    *("use_cuda", "print_freq", "max_bad_images", "max_skipped"),
     *("dry_run", "replay", "accept_changes", "use_fp16", "load_from", "backend"),
 }
 
@@ -91,7 +92,8 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--max_skipped", default=20, type=int, help="stop after so many steps in a row that were not finite")
     add("--print_freq", default=10, type=int, help="steps between two lines of progress and health")
 
-    add = parser.add_argument_group("online k-NN").add_argument
+    group = parser.add_argument_group("online k-NN")
+    add = group.add_argument
     add(
         *("--knn_every", "--eval_every"),
         default=10,
@@ -101,7 +103,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--knn_data", metavar="DIR", help="with train/ and val/; left out: beside the training images, or bundled")
     add("--knn_per_class", default=100, type=int, help="training images per class, within --subset; -1: all")
     add("--nb_knn", default=[10, 20], nargs="+", type=int, help="numbers of neighbours")
-    add("--n_last_blocks", default=1, type=int, help="features: class tokens of so many last blocks")
+    add_feature_arguments(group, n_last_blocks=1)
     add("--knn_temperature", default=0.07, type=float, help="of the votes exp(similarity / temperature)")
     add("--use_cuda", default=True, type=bool_flag, help="compare features on the GPU, if there is one")
 

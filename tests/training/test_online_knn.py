@@ -25,6 +25,7 @@ def online(data_path=None, knn_data=None, backbone=None, **options) -> OnlineKNN
         "knn_per_class": 100,
         "nb_knn": [10, 20],
         "n_last_blocks": 1,
+        "avgpool_patchtokens": "0",
         "knn_temperature": 0.07,
         "use_cuda": True,
         "global_crops_size": 32,
@@ -84,7 +85,7 @@ def test_features_votes_and_neighbours_are_as_asked(tmp_path, monkeypatch):
     assert (bank.shape, queries.shape) == ((9, 2 * backbone.embed_dim), (4, 2 * backbone.embed_dim))
     assert (ks, temperature) == ([1], 0.05)
     depth = len(backbone.blocks)
-    with pytest.raises(UsageError, match=rf"--n_last_blocks {depth + 1}: vit_micro gives features of {depth} block"):
+    with pytest.raises(UsageError, match=rf"--n_last_blocks {depth + 1}: vit_micro has {depth} blocks"):
         online(tmp_path, n_last_blocks=depth + 1)
     with pytest.raises(UsageError, match="resnet18 gives features of 1 block"):
         online(tmp_path, arch="resnet18", n_last_blocks=2)
