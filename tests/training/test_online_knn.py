@@ -87,8 +87,8 @@ def test_features_votes_and_neighbours_are_as_asked(tmp_path, monkeypatch):
     depth = len(backbone.blocks)
     with pytest.raises(UsageError, match=rf"--n_last_blocks {depth + 1}: vit_micro has {depth} blocks"):
         online(tmp_path, n_last_blocks=depth + 1)
-    with pytest.raises(UsageError, match="resnet18 gives features of 1 block"):
-        online(tmp_path, arch="resnet18", n_last_blocks=2)
+    with pytest.raises(UsageError, match="resnet18: only its pooled output can be taken"):
+        online(tmp_path, arch="resnet18", backbone=build_backbone("resnet18"), n_last_blocks=2)
 
 
 def test_data_without_classes_or_without_a_test_set_trains_without_it(tmp_path):
