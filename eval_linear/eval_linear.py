@@ -8,11 +8,9 @@ Every image goes through the network once a step, whatever the number of heads (
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,13 +25,9 @@ from evaluation import (
     add_process_arguments,
     check_common_arguments,
     chosen_features,
-    common_labels,
-    crop_and_resize,
     network_from_options,
-    open_train_and_test,
-    write_result,
 )
-from features import Feature, batches, token_features, weights_hash
+from features import Feature, batches, token_features
 from linear_heads import (
     LinearHeads,
     Probe,
@@ -42,85 +36,34 @@ from linear_heads import (
     cosine_factor,
     heads_of,
     initial_heads,
-    restore_heads,
-    saved_heads,
 )
-from models.checkpoints import Network
+from linear_run import (
+    SWEEP_DECAYS,
+    SWEEP_OPTIMIZERS,
+    Run,
+    Sets,
+    best_path,
+    log_line,
+    report,
+    resume,
+    save,
+    sweep_recipes,
+)
 from models.safe_load import load_file
 from utils import (
     Parser,
     UsageError,
     World,
     all_reduce_sum,
-    barrier,
     bool_flag,
     init_world,
     keep_large_blocks,
     log,
     make_folder,
     run_cli,
-    save_atomically,
-    save_torch,
 )
 
-SWEEP_LRS = [digit * 10.0**exponent for exponent in range(-4, 1) for digit in range(1, 10)]
-SWEEP_DECAYS, SWEEP_OPTIMIZERS = (0.0, 1e-6), ("sgd", "lars")
-LATEST = "checkpoint.pth.tar"
 LINES_EVERY = 20  # steps
-
-
-def sweep_recipes(lr_only: bool) -> list[Recipe]:
-    """iBOT's grid (eval_linear_multi.py): rates, or for every rate all weight decays and for each both optimisers."""
-    if lr_only:
-        return [Recipe(lr) for lr in SWEEP_LRS]
-    return [Recipe(lr, wd, name) for lr in SWEEP_LRS for wd in SWEEP_DECAYS for name in SWEEP_OPTIMIZERS]
-
-
-class Sets:
-    """Training and test images, what happens to them, and their labels under common class numbers."""
-
-    def __init__(self, args: argparse.Namespace, network: Network):
-        self.train, self.test = open_train_and_test(args.data_path, args.subset)
-        self.train_labels, self.test_labels = common_labels(self.train, self.test)
-        self.crop_size, self.resize_size = crop_and_resize(args, network)
-        self.classes = args.num_labels or len(self.train.class_names)
-        if self.classes < len(self.train.class_names):
-            raise UsageError(
-                f"--num_labels {self.classes}: {self.train.name} has {len(self.train.class_names)} classes"
-            )
-
-
-@dataclass
-class Run:
-    """Everything that exists once per run, and what it has reached."""
-
-    args: argparse.Namespace
-    world: World
-    network: Network
-    sets: Sets
-    features: list[Feature]
-    recipes: list[Recipe]  # as asked for: learning rates at 256 images per step
-    probe: Probe  # every feature with every recipe, in this order
-    best: dict | None = None  # the epoch and the head with the highest accuracy so far
-    best_acc_sweep_lr_only: float = 0.0
-    peaks: list[float] = field(default_factory=list)  # highest accuracy of every head so far
-    unreadable: set[str] = field(default_factory=set)  # names of training images that were told
-
-    @property
-    def heads(self) -> list[dict]:
-        """What tells the heads apart, in their order."""
-        return [
-            {"n_last_blocks": f.n_last_blocks, "avgpool_patchtokens": f.avgpool, **r._asdict()}
-            for f in self.features
-            for r in self.recipes
-        ]
-
-    def describe(self, head: int) -> str:
-        feature, recipe = self.features[head // len(self.recipes)], self.recipes[head % len(self.recipes)]
-        extras = f", weight decay {recipe.weight_decay:g}" * (recipe.weight_decay > 0) + ", LARS" * (
-            recipe.optimizer == "lars"
-        )
-        return f"{feature}, lr {recipe.lr:g}{extras}"
 
 
 def build_run(args: argparse.Namespace, world: World) -> Run:
@@ -245,143 +188,6 @@ def judge(run: Run, epoch: int, tests: list[dict]) -> bool:
         run.best = {"head": head, "epoch": epoch, **tests[head]}
     log.info(f"Max accuracy so far: {run.best['acc1']:.2f}% ({run.describe(run.best['head'])})")
     return improved
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is written, and read again
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def log_line(run: Run, epoch: int, losses: list[float], tests: list[dict] | None) -> dict:
-    """A line of log.txt: DINO's keys, of the best head of this epoch; of several heads ``heads`` holds each one's."""
-    factor = cosine_factor(epoch, run.args.epochs)
-    rows = [
-        {"train_loss": finite(loss), "train_lr": recipe.lr * factor}
-        for loss, recipe in zip(losses, run.probe.recipes, strict=True)
-    ]
-    head = run.best["head"] if run.best else 0
-    if tests is not None:
-        head = best_head([result["acc1"] for result in tests])
-        for row, result in zip(rows, tests, strict=True):
-            row |= {f"test_{name}": finite(value) for name, value in result.items()}
-    line = {name: value for name, value in rows[head].items() if name.startswith("train")} | {"epoch": epoch}
-    line |= rows[head]
-    if len(rows) > 1:
-        line |= {"head": head, "heads": [h | row for h, row in zip(run.heads, rows, strict=True)]}
-    return line
-
-
-def finite(value: float) -> float | None:
-    """JSON knows no NaN: the loss of a head that diverged is null."""
-    return value if math.isfinite(value) else None
-
-
-def options_of_trajectory(run: Run) -> dict:
-    """What a run must have in common with the one it continues."""
-    args, sets = run.args, run.sets
-    return {
-        "network": f"{run.network.label} {weights_hash(run.network.model)[:16]}",
-        "training images": sets.train.fingerprint,
-        "test images": sets.test.fingerprint,
-        "heads": run.heads,
-        "classes": sets.classes,
-        "images per step": args.batch_size_per_gpu * run.world.size,
-        "crop and resize": [sets.crop_size, sets.resize_size],
-        **{f"--{name}": getattr(args, name) for name in ("epochs", "seed", "val_freq", "augment")},
-    }
-
-
-def best_path(args: argparse.Namespace) -> Path:
-    return Path(args.output_dir) / f"checkpoint_{args.checkpoint_key}_linear.pth"
-
-
-def save(run: Run, epoch: int, lines: list[dict], is_best: bool) -> None:
-    """log.txt, the best heads where these are, and what the run is continued from, in this order."""
-    if run.world.rank == 0:
-        folder = Path(run.args.output_dir)
-        file = saved_heads(run.probe, epoch, run.args.epochs)
-        if run.best is not None:
-            file["best_acc"] = run.best["acc1"]
-        if len(run.probe) > 1 and run.best is not None:
-            file |= {"best_acc_hidx": run.best["head"], "best_acc_sweep_lr_only": run.best_acc_sweep_lr_only}
-        names = ("best", "best_acc_sweep_lr_only", "peaks", "heads")
-        file["tutelage"] = {"options": options_of_trajectory(run), **{name: getattr(run, name) for name in names}}
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        try:
-            save_atomically(folder / "log.txt", lambda temporary: temporary.write_text(text))
-            for path in [best_path(run.args)] * is_best + [folder / LATEST]:
-                save_torch(file, path)
-        except OSError as error:
-            raise UsageError(
-                f"--output_dir {folder}: cannot save ({error.strerror or error}); free some space"
-            ) from None
-    barrier()
-
-
-def resume(run: Run) -> tuple[int, list[dict]]:
-    """Continue from --load_from, else from the run in --output_dir: (epoch to begin with, lines of log.txt so far).
-
-    Raises UsageError when that run is another one, naming every difference.
-    """
-    folder = Path(run.args.output_dir)
-    path = folder / (run.args.load_from or LATEST)
-    if run.args.load_from is None and not path.exists():
-        return 0, []
-    file = load_file(path)
-    if record := file.get("tutelage"):
-        refuse_another_run(path, record["options"], options_of_trajectory(run))
-        run.best, run.peaks = record["best"], record["peaks"]
-        run.best_acc_sweep_lr_only = record["best_acc_sweep_lr_only"]
-    else:
-        log.warning(f"warning: {path} was written by the original code; its options and data are not checked")
-    epoch = restore_heads(run.probe, file, path)
-    if run.best is None and "best_acc" in file:
-        run.best = {"head": file.get("best_acc_hidx", 0), "epoch": epoch - 1, "acc1": file["best_acc"]}
-        run.best_acc_sweep_lr_only = file.get("best_acc_sweep_lr_only", 0.0)
-        run.peaks = [file["best_acc"] * (head == run.best["head"]) for head in range(len(run.probe))]
-    log.info(f"continuing {path} at epoch {epoch} of {run.args.epochs}")
-    written = (folder / "log.txt").read_text().splitlines() if (folder / "log.txt").exists() else []
-    return epoch, [line for line in map(json.loads, written) if line["epoch"] < epoch]
-
-
-def refuse_another_run(path: Path, theirs: dict, ours: dict) -> None:
-    differences = []
-    for name in ours:
-        if theirs.get(name) == ours[name]:
-            continue
-        different = f"{name}: {theirs.get(name)} there, {ours[name]} here"
-        differences.append(
-            "other heads (--lr, --n_last_blocks, --avgpool_patchtokens)" if name == "heads" else different
-        )
-    if differences:
-        raise UsageError(
-            f"{path} belongs to another run ({'; '.join(differences)}); choose another --output_dir, or move it away"
-        )
-
-
-def report(run: Run) -> None:
-    """The table of all heads, the JSON, and the originals' last line."""
-    best = run.best
-    if len(run.probe) > 1:
-        log.info("highest top-1 accuracy of every head in percent\n" + table(run))
-    numbers = {"top1": best["acc1"]} | ({"top5": best["acc5"]} if "acc5" in best else {})
-    if "head" in best:
-        peaks = zip(run.heads, run.peaks, strict=True)
-        numbers |= {"epoch": best["epoch"], "head": run.heads[best["head"]], "epochs": run.args.epochs}
-        numbers["heads"] = [head | {"top1": peak} for head, peak in peaks]
-    if run.world.rank == 0:
-        data = f"{run.sets.train.name}; {run.sets.test.name}"
-        path = write_result(run.args.output_dir, "eval_linear", run.network, run.args.checkpoint_key, data, numbers)
-        log.info(f"written to {path}")
-    log.info(f"Top-1 test accuracy: {best['acc1']:.1f}")
-
-
-def table(run: Run) -> str:
-    """A line per head, best last."""
-    order = sorted(range(len(run.probe)), key=lambda head: (run.peaks[head], head))
-    names = {head: run.describe(head) for head in order}
-    width = max(map(len, names.values()))
-    return "\n".join(f"{names[head]:<{width}}{run.peaks[head]:9.2f}" for head in order)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
