@@ -89,8 +89,8 @@ def dino_forward(method: DINO, batch: dict, clock: Clock) -> torch.Tensor:
         teacher = head(method.teacher.head, class_tokens(method.teacher.backbone, crops[:2], None))
     student = head(method.student.head, class_tokens(method.student.backbone, crops, draws))
     temps = (method.student_temp, method.teacher_temps[clock.epoch])
-    loss = dino_loss(student, teacher, method.centre.center, temps, len(crops))
-    move(method.centre.center, teacher.float(), method.centre.momentum)
+    loss = dino_loss(student, teacher, method.centres.center, temps, len(crops))
+    move(method.centres.center, teacher.float(), method.centres.momentum)
     return loss
 
 

@@ -15,18 +15,17 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
-from methods.base import Clock, Method, backbone_arguments
+from methods.base import Clock, backbone_arguments
 from methods.centring import Centres
 from methods.distillation import cross_view_loss, teacher_probabilities
 from methods.heads import DINOHead
-from methods.health import clustering_health
 from methods.multicrop import MultiCropNetwork, add_crop_arguments, check_crop_arguments, multi_crop_views
-from methods.teacher import Follower, add_teacher_arguments, check_teacher_arguments, rest_last_layer, start_teacher
+from methods.teacher import PrototypeMethod, add_teacher_arguments, check_teacher_arguments
 from models import build_backbone
 from utils import UsageError, bool_flag, warmup_scheduler
 
 
-class DINO(Method):
+class DINO(PrototypeMethod):
     name = "dino"
     teacher_views = 2
 
@@ -75,26 +74,16 @@ class DINO(Method):
         center_momentum: float = 0.9,
     ):
         """``teacher_temps``: one temperature per epoch. The teacher starts as a copy of the student."""
-        super().__init__()
-        self.student, self.teacher = student, teacher
-        start_teacher(teacher, student)
-        self.follower = Follower(teacher, student)
-        self.centre = Centres(center_momentum, center=(1, teacher.head.last_layer.weight_g.shape[0]))
+        centres = Centres(center_momentum, center=(1, teacher.head.last_layer.weight_g.shape[0]))
+        super().__init__(student, teacher, centres, freeze_last_layer)
         self.teacher_temps = teacher_temps
         self.student_temp = student_temp
-        self.freeze_last_layer = freeze_last_layer
-        self.register_buffer("used", torch.zeros(self.centre.center.shape[1], dtype=torch.bool), persistent=False)
-        self._seen: dict[str, torch.Tensor] = {}  # what health() looks at
-        self._seen_epoch = -1
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def forward(self, batch: dict, clock: Clock) -> dict[str, torch.Tensor]:
         """``batch["crops"]``: list of (batch, 3, height, width), the two global crops first."""
         crops = batch["crops"]
-        if clock.epoch != self._seen_epoch:
-            self._seen_epoch = clock.epoch
-            self.used.zero_()
         probs = self.teacher_targets(crops[: self.teacher_views], clock)  # (2, batch, prototypes)
         z = self.student_bottleneck(crops, clock)  # (crops * batch, 256)
         loss = cross_view_loss(z, self.student.head.last_layer.weight(), probs, self.student_temp)
@@ -105,10 +94,10 @@ class DINO(Method):
     def teacher_targets(self, crops: list[torch.Tensor], clock: Clock) -> torch.Tensor:
         features = self.teacher.features(crops)
         logits = self.teacher.head(features)  # (2 * batch, prototypes)
-        self.centre.collect(center=logits)
+        self.centres.collect(center=logits)
         self._seen["features"] = features
-        probs = teacher_probabilities(logits, self.centre.center, self.teacher_temps[clock.epoch])
-        self.used.index_fill_(0, probs.argmax(dim=-1), True)
+        probs = teacher_probabilities(logits, self.centres.center, self.teacher_temps[clock.epoch])
+        self.note_prototypes(probs, clock)
         return probs.unflatten(0, (self.teacher_views, -1))
 
     def student_bottleneck(self, crops: list[torch.Tensor], clock: Clock) -> torch.Tensor:
@@ -116,21 +105,5 @@ class DINO(Method):
         draws = clock.drop_path_draws(depth, len(crops), crops[0].shape[0])
         return self.student.head.bottleneck(self.student.features(crops, draws))
 
-    def after_backward(self, clock: Clock) -> None:
-        rest_last_layer(self.student, clock, self.freeze_last_layer)
-
-    def after_step(self, clock: Clock, gate: torch.Tensor | None) -> None:
-        self.follower.step(clock.momentum, gate)
-        self.centre.commit(gate)
-
-    # ---- looking at it ----------------------------------------------------------------------------------------------
-
-    def health(self) -> dict[str, torch.Tensor]:
-        seen = self._seen
-        return clustering_health(seen["probs"], seen["loss"], self.centre.center, self.used, seen["features"])
-
     def checkpoint_parts(self) -> dict[str, nn.Module]:
-        return {"student": self.student, "teacher": self.teacher, "dino_loss": self.centre}
-
-    def evaluation_backbone(self) -> nn.Module:
-        return self.teacher.backbone
+        return {"student": self.student, "teacher": self.teacher, "dino_loss": self.centres}

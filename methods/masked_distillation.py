@@ -18,20 +18,19 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from methods.base import Clock, Method, backbone_arguments
+from methods.base import Clock, backbone_arguments
 from methods.centring import Centres
 from methods.distillation import cross_view_loss, masked_patch_loss, teacher_probabilities
 from methods.heads import ACTIVATIONS, NORMS, IBOTHead
-from methods.health import clustering_health
 from methods.multicrop import MultiCropNetwork, add_crop_arguments, check_crop_arguments
-from methods.teacher import Follower, add_teacher_arguments, check_teacher_arguments, rest_last_layer, start_teacher
+from methods.teacher import PrototypeMethod, add_teacher_arguments, check_teacher_arguments
 from models import build_backbone, mask_unit
 from models.swin import DEFAULT_DROP_PATH
 from models.vit import group_by_size
 from utils import UsageError, bool_flag, log, warmup_scheduler
 
 
-class MaskedDistillation(Method):
+class MaskedDistillation(PrototypeMethod):
     """A subclass says which patches are hidden: ``choose_masks``."""
 
     # ---- options ----------------------------------------------------------------------------------------------------
@@ -161,29 +160,20 @@ class MaskedDistillation(Method):
         center_momentum: float = 0.9,
     ):
         """Temperatures: one per epoch. The teacher starts with all it has in common with the student."""
-        super().__init__()
-        self.student, self.teacher = student, teacher
-        start_teacher(teacher, student)
-        self.follower = Follower(teacher, student)
         out_dim, patch_out_dim = (
             layer.weight_g.shape[0] for layer in (teacher.head.last_layer, teacher.head.last_layer2)
         )
-        self.centres = Centres(center_momentum, center=(1, out_dim), center2=(1, 1, patch_out_dim))
+        centres = Centres(center_momentum, center=(1, out_dim), center2=(1, 1, patch_out_dim))
+        super().__init__(student, teacher, centres, freeze_last_layer)
         self.teacher_temps, self.teacher_patch_temps = teacher_temps, teacher_patch_temps
-        self.teacher_views, self.freeze_last_layer = teacher_views, freeze_last_layer
-        self.lambda1, self.lambda2, self.student_temp = lambda1, lambda2, student_temp
-        self.register_buffer("used", torch.zeros(out_dim, dtype=torch.bool), persistent=False)
-        self._seen: dict[str, torch.Tensor] = {}  # what health() and pseudo_labels() look at
-        self._seen_epoch = -1
+        self.teacher_views, self.student_temp = teacher_views, student_temp
+        self.lambda1, self.lambda2 = lambda1, lambda2
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def forward(self, batch: dict, clock: Clock) -> dict[str, torch.Tensor]:
         """``batch["crops"]``: list of (batch, 3, height, width), the global crops first."""
         crops = batch["crops"]
-        if clock.epoch != self._seen_epoch:
-            self._seen_epoch = clock.epoch
-            self.used.zero_()
         tokens, attention = self.look(crops[: self.teacher_views])
         masks, masked = self.choose_masks(batch, clock, attention)
         probs, patch_probs = self.teacher_targets(tokens, masked, clock)
@@ -234,7 +224,7 @@ class MaskedDistillation(Method):
         patch_probs = teacher_probabilities(
             patch_logits, self.centres.center2[0], self.teacher_patch_temps[clock.epoch]
         )
-        self.used.index_fill_(0, probs.argmax(dim=-1), True)
+        self.note_prototypes(probs, clock)
         probs = probs.unflatten(0, (self.teacher_views, -1))
         # parity: pseudo-labels are those of the raw logits, without the centre
         self._seen.update(probs=probs, features=classes, prototypes=logits[: probs.shape[1]].argmax(dim=-1))
@@ -276,19 +266,11 @@ class MaskedDistillation(Method):
         student = (z[batch : 2 * batch] @ weight.t()).argmax(dim=-1)
         return (student == self._seen["prototypes"]).float().mean()
 
-    def after_backward(self, clock: Clock) -> None:
-        rest_last_layer(self.student, clock, self.freeze_last_layer)
-
-    def after_step(self, clock: Clock, gate: torch.Tensor | None) -> None:
-        self.follower.step(clock.momentum, gate)
-        self.centres.commit(gate)
-
     # ---- looking at it ----------------------------------------------------------------------------------------------
 
     def health(self) -> dict[str, torch.Tensor]:
-        seen = self._seen
-        found = clustering_health(seen["probs"], seen["loss"], self.centres.center, self.used, seen["features"])
-        return found | {"patch_centre_norm": self.centres.center2.norm(), "hidden_patches": seen["hidden"]}
+        patches = {"patch_centre_norm": self.centres.center2.norm(), "hidden_patches": self._seen["hidden"]}
+        return super().health() | patches
 
     def pseudo_labels(self) -> torch.Tensor | None:
         return self._seen["prototypes"]
@@ -298,9 +280,6 @@ class MaskedDistillation(Method):
 
     def checkpoint_parts(self) -> dict[str, nn.Module]:
         return {"student": self.student, "teacher": self.teacher, "ibot_loss": self.centres}
-
-    def evaluation_backbone(self) -> nn.Module:
-        return self.teacher.backbone
 
 
 def mean_logits(layer: nn.Module, z: torch.Tensor) -> torch.Tensor:

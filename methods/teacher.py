@@ -1,11 +1,13 @@
-"""The teacher that follows its student: its options, how it starts, how it moves, and the rest of the prototypes."""
+"""A teacher that follows its student and gives it distributions over prototypes: what methods of that kind share."""
 
 import argparse
 
 import torch
 import torch.nn as nn
 
-from methods.base import Clock, ema_update_
+from methods.base import Clock, Method, ema_update_
+from methods.centring import Centres
+from methods.health import clustering_health
 from utils import UsageError, bool_flag
 
 
@@ -65,9 +67,45 @@ class Follower:
         ema_update_(teacher, student, momentum, gate)
 
 
-def rest_last_layer(student: nn.Module, clock: Clock, epochs: int) -> None:
-    """In the first ``epochs`` the prototypes have no gradient: neither moments nor weight decay touch them."""
-    if clock.epoch < epochs:
-        for name, parameter in student.named_parameters():
-            if "last_layer" in name:
-                parameter.grad = None
+class PrototypeMethod(Method):
+    """Student and teacher are modules of ``backbone`` and ``head``; the teacher starts as the student and follows it.
+
+    ``centres``: of the teacher's logits. ``used``: which prototypes were some image's first choice in this epoch.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, centres: Centres, freeze_last_layer: int):
+        super().__init__()
+        self.student, self.teacher, self.centres = student, teacher, centres
+        start_teacher(teacher, student)
+        self.follower = Follower(teacher, student)
+        self.freeze_last_layer = freeze_last_layer
+        self.register_buffer("used", torch.zeros(centres.center.shape[-1], dtype=torch.bool), persistent=False)
+        self._seen: dict[str, torch.Tensor] = {}  # what health() looks at
+        self._seen_epoch = -1
+
+    @torch.no_grad()
+    def note_prototypes(self, probs: torch.Tensor, clock: Clock) -> None:
+        """Remember which prototypes the teacher's distributions (rows, prototypes) choose."""
+        if clock.epoch != self._seen_epoch:
+            self._seen_epoch = clock.epoch
+            self.used.zero_()
+        self.used.index_fill_(0, probs.argmax(dim=-1), True)
+
+    def after_backward(self, clock: Clock) -> None:
+        """In the first epochs the prototypes have no gradient: neither moments nor weight decay touch them."""
+        if clock.epoch < self.freeze_last_layer:
+            for name, parameter in self.student.named_parameters():
+                if "last_layer" in name:
+                    parameter.grad = None
+
+    def after_step(self, clock: Clock, gate: torch.Tensor | None) -> None:
+        self.follower.step(clock.momentum, gate)
+        self.centres.commit(gate)
+
+    def health(self) -> dict[str, torch.Tensor]:
+        """Needs the teacher's ``probs`` and ``features`` and the ``loss`` among what was seen."""
+        seen = self._seen
+        return clustering_health(seen["probs"], seen["loss"], self.centres.center, self.used, seen["features"])
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.teacher.backbone

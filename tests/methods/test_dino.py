@@ -66,7 +66,7 @@ def test_pieces_of_a_batch_equal_the_whole(local, double):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12, msg=name)
     for method in (whole, pieces):
         method.after_step(Clock(0, 0, momentum=0.9), None)
-    torch.testing.assert_close(whole.centre.center, pieces.centre.center, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(whole.centres.center, pieces.centres.center, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "sgd", "lars"])
