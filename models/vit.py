@@ -207,6 +207,25 @@ class VisionTransformer(nn.Module):
         x = self.norm(self._run_blocks(x, groups, draws, Reads(queries, torch.cat((classes, others, patches)))))
         return x.split([x.shape[0] - len(masked), len(masked)])
 
+    def forward_with_patches(
+        self,
+        global_crops: Sequence[torch.Tensor],
+        local_crops: Sequence[torch.Tensor] = (),
+        draws: np.ndarray | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Class tokens of all crops after the final norm (crops * batch, class tokens, dim), global crops first, and
+        patches of the global crops as the last block leaves them (global crops * batch, patches, dim), in one pass.
+        """
+        tokens = [self.prepare_tokens(torch.cat(tuple(global_crops)))]
+        x, groups = pack(tokens + [self.prepare_tokens(group) for group in group_by_size(local_crops)])
+        images, count = groups[0]
+        queries = [count] + [self.num_class_tokens] * (len(groups) - 1)
+        x = self._run_blocks(x, groups, draws, Reads(queries))
+        all_tokens = x[: images * count].view(images, count, self.embed_dim)
+        classes = all_tokens[:, : self.num_class_tokens].flatten(0, 1)
+        classes = self.norm(torch.cat((classes, x[images * count :])))
+        return classes.view(-1, self.num_class_tokens, self.embed_dim), all_tokens[:, self.num_prefix_tokens :]
+
     def forward_features(
         self, images: torch.Tensor, masks: torch.Tensor | None = None, draws: np.ndarray | None = None
     ) -> torch.Tensor:

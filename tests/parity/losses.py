@@ -187,13 +187,13 @@ def on_ranks(compute: Callable) -> Callable[[Case], Iterator[tuple]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        inputs = {name: case.tensor(name) for name in case.names("in/")}
+        inputs = {name: case.tensor(name) for name in case.names("in/") or case.arrays}
         queue = mp.get_context("spawn").SimpleQueue()
         mp.spawn(_rank, (compute, p, inputs, port, queue, case.dtype), nprocs=p["world_size"])
         computed = {}
         for _ in range(p["world_size"]):
             computed.update(queue.get())
-        for name in case.names("out/"):
+        for name in case.names("out/") or case.outputs():
             if name in computed:
                 yield name, computed[name], case.arrays[name]
             else:  # an output without a rank: the same on all of them
