@@ -6,6 +6,7 @@ A ``CropRecipe`` is one row of a method's table of augmentations. Both families 
   global generators of torch and ``random``; seeded alike they repeat the originals bit for bit.
 - ``draw_crop(recipe, uniforms, ...)``, then ``render(image, crop, size)``: the same distribution from counted uniform
   numbers, drawn before any pixel is touched, so that a recipe can look at boxes and flips (maps between crops, masks).
+  ``render_pil`` carries the same decisions out with Pillow.
 
 The fast operations take and return (height, width, 3) uint8 RGB arrays; after ``grayscale`` (height, width), until
 ``to_planes``. They round as Pillow does. Differences in levels of 255, as tests/data/test_augment.py holds them: flip
@@ -16,7 +17,7 @@ blur none for over 90 % of the radii, and for the like reason 2 (mean 0.2) at th
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
+from torchvision.transforms import functional as F
 
 from randomness import counted_uniforms
 
@@ -154,17 +156,28 @@ def draw_box(recipe: CropRecipe, uniforms: Sequence[float], height: int, width: 
     parity: torchvision's RandomResizedCrop.get_params, with the numbers of every attempt given.
     """
     low, high = math.log(recipe.aspect[0]), math.log(recipe.aspect[1])
-    for attempt in range(ATTEMPTS):
-        area = height * width * _between(*recipe.scale, uniforms[_AREA[attempt]])
-        aspect = math.exp(_between(low, high, uniforms[_ASPECT[attempt]]))
+    attempts = (
+        (_between(*recipe.scale, uniforms[area]), _between(low, high, uniforms[aspect]))
+        for area, aspect in zip(_AREA, _ASPECT, strict=True)
+    )
+    return fitting_box(attempts, (uniforms[_TOP], uniforms[_LEFT]), height, width, recipe.aspect)
+
+
+def fitting_box(
+    attempts: Iterable[tuple[float, float]], place: Sequence[float], height: int, width: int, aspects: Sequence[float]
+) -> Box:
+    """The first of ``attempts`` (share of the area, logarithm of the aspect) that fits into the image, at ``place``
+    (two uniform numbers); if none does, a central box with the aspect nearest to the image's."""
+    for share, log_aspect in attempts:
+        area, aspect = height * width * share, math.exp(log_aspect)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return Box(int(uniforms[_TOP] * (height - h + 1)), int(uniforms[_LEFT] * (width - w + 1)), h, w)
+            return Box(int(place[0] * (height - h + 1)), int(place[1] * (width - w + 1)), h, w)
     w, h = width, height
-    if width / height < recipe.aspect[0]:
-        h = round(width / recipe.aspect[0])
-    elif width / height > recipe.aspect[1]:
-        w = round(height * recipe.aspect[1])
+    if width / height < aspects[0]:
+        h = round(width / aspects[0])
+    elif width / height > aspects[1]:
+        w = round(height * aspects[1])
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
@@ -182,6 +195,28 @@ def draw_jitter(recipe: CropRecipe, uniforms: Sequence[float]) -> tuple[tuple[st
 
 def _between(low: float, high: float, uniform: float) -> float:
     return low + (high - low) * uniform
+
+
+def render_pil(image: Image.Image, crop: Crop, size: int, interpolation: str = "bicubic") -> torch.Tensor:
+    """Carry out with Pillow what ``crop`` decided, flipped before resizing -> (3, size, size) uint8."""
+    top, left, height, width = crop.box
+    pixels = image.crop((left, top, left + width, top + height))
+    pixels = F.hflip(pixels) if crop.flip else pixels
+    pixels = F.resize(pixels, [size, size], transforms.InterpolationMode(interpolation))
+    for name, amount in crop.jitter:
+        pixels = PIL_COLOUR_OPERATIONS[name](pixels, amount)
+    pixels = F.rgb_to_grayscale(pixels, 3) if crop.grayscale else pixels
+    pixels = pixels if crop.blur is None else pixels.filter(ImageFilter.GaussianBlur(crop.blur))
+    pixels = ImageOps.solarize(pixels) if crop.solarize else pixels
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
+
+
+PIL_COLOUR_OPERATIONS = {
+    "brightness": F.adjust_brightness,
+    "contrast": F.adjust_contrast,
+    "saturation": F.adjust_saturation,
+    "hue": F.adjust_hue,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
