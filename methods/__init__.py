@@ -4,9 +4,10 @@ from methods.attmask import AttMask
 from methods.base import Method
 from methods.dino import DINO
 from methods.ibot import IBOT
+from methods.udi import UDI
 from utils import UsageError, nearest
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DINO, IBOT, AttMask)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (DINO, IBOT, AttMask, UDI)}
 
 
 def method_class(name: str) -> type[Method]:

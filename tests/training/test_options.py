@@ -37,10 +37,12 @@ MASKED = """
     pred_shape pred_start_epoch shared_head shared_head_teacher teacher_patch_temp use_masked_im_modeling
     warmup_teacher_patch_temp
 """
+SAMPLED = "alpha global_sampling_window_size include_patch local_sampling_window_size number_cls_token"
 OPTIONS = {
     "dino": f"{CROPS} {TEACHER} out_dim use_bn_in_head",
     "ibot": f"{CROPS} {TEACHER} {MASKED}",
     "attmask": f"{CROPS} {TEACHER} {MASKED} masking_prob show_max",
+    "udi": f"{CROPS} {TEACHER} {SAMPLED} out_dim use_bn_in_head",
 }
 DEFAULTS_OF_ALL = {
     "arch": "vit_small",
@@ -91,6 +93,25 @@ DEFAULTS_OF_IBOT = {
     "load_from": None,
 }
 DEFAULTS_OF_THE_ORIGINAL = {
+    "udi": {
+        "out_dim": 65536,
+        "include_patch": True,
+        "number_cls_token": 2,
+        "use_bn_in_head": False,
+        "alpha": 0.5,
+        "teacher_temp": 0.07,
+        "warmup_teacher_temp_epochs": 30,
+        "weight_decay_end": 0.1,
+        "batch_size_per_gpu": 128,
+        "epochs": 300,
+        "min_lr": 1e-5,
+        "global_crops_scale": (0.25, 1.0),
+        "local_crops_number": 6,
+        "local_crops_scale": (0.05, 0.25),
+        "global_sampling_window_size": 3,
+        "local_sampling_window_size": 2,
+        "saveckp_freq": 20,
+    },
     "dino": {
         "out_dim": 65536,
         "use_bn_in_head": False,
@@ -298,6 +319,13 @@ def test_a_faulty_preset_is_answered_with_its_line_and_key(tmp_path, text, messa
         ("--method attmask --arch resnet50", "follow the attention of a class token, which resnet50 has not"),
         ("--method attmask --use_masked_im_modeling false", "the student would not see the masks"),
         ("--method attmask --masking_prob 1.5", "--masking_prob 1.5: a probability"),
+        ("--method udi --global_sampling_window_size 15", "crops of 224 pixels have 14 patches a side"),
+        ("--method udi --local_sampling_window_size 7", "crops of 96 pixels have 6 patches a side"),
+        ("--method udi --include_patch false", "pass --number_cls_token 1 as well"),
+        ("--method udi --number_cls_token 3", "--number_cls_token 3: there are one"),
+        ("--method udi --alpha 1.5", "--alpha 1.5: a weight"),
+        ("--method udi --arch resnet50", "--arch resnet50: udi needs class tokens"),
+        ("--method udi --local_crops_size 90", "does not divide --local_crops_size 90; nearest 80 or 96"),
         ("--method attmask --pred_shape attmask_hint --show_max 0.5", r"at most the largest mask ratio \(0.3\)"),
         ("--method attmask --pred_shape attmask_hint --show_max -0.1", "--show_max -0.1: hints are shown"),
         ("--drop_path_rate 1", "--drop_path_rate 1.0: must be in"),
