@@ -48,10 +48,11 @@ class Centres(nn.Module):
 
 
 class LevelCentre(nn.Module):
-    """A row of the centre for every level of UDI (2407.17671): c <- momentum * c + (1 - momentum) * mean of processes.
+    """A row of the centre for every level of UDI (2407.17671): c <- momentum * c + (1 - momentum) * mean of means.
 
-    parity: every process counts the same, however many rows its own mean is over; a level without rows on any process
-    stays. ``count`` stands in the original's checkpoints and is always zero.
+    parity: a process counts the same however many rows its mean is over; so does a piece of an accumulated batch, which
+    makes pieces and processes alike. A level without rows anywhere stays. ``count`` stands in the original's
+    checkpoints and is always zero.
     """
 
     def __init__(self, levels: int, dim: int, momentum: float = 0.9):
@@ -59,24 +60,21 @@ class LevelCentre(nn.Module):
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(levels, dim))
         self.register_buffer("count", torch.zeros(levels, 1))
-        self.register_buffer(
-            "pending", torch.zeros(levels, dim + 1), persistent=False
-        )  # sums of rows, and their weight
+        self.register_buffer("pending", torch.zeros(levels, dim + 1), persistent=False)  # sum of means; their number
 
     @torch.no_grad()
     def collect(self, sums: torch.Tensor, weights: torch.Tensor) -> None:
-        """Remember weighted sums of raw teacher logits (levels, dim) of this step, and the weights (levels,)."""
-        self.pending[:, :-1] += sums
-        self.pending[:, -1] += weights
+        """Remember weighted sums of raw teacher logits (levels, dim) of a piece, and the weights (levels,)."""
+        there = weights[:, None] > 0
+        self.pending[:, :-1] += torch.where(there, sums / weights[:, None], 0.0)
+        self.pending[:, -1:] += there
 
     @torch.no_grad()
     def commit(self, gate: torch.Tensor | None) -> None:
         """Move the centre to what was collected; a ``gate`` of 0 (a tensor on the device) discards it instead."""
-        weights = self.pending[:, -1:]
-        there = (weights > 0).to(weights.dtype)
-        means = torch.where(weights > 0, self.pending[:, :-1] / weights, 0.0)
-        total = all_reduce_sum(torch.cat((means, there), dim=1))
-        moved = self.center * self.momentum + total[:, :-1] / total[:, -1:] * (1 - self.momentum)
-        keep = total[:, -1:] > 0 if gate is None else (total[:, -1:] > 0) & (gate > 0)
-        self.center.copy_(torch.where(keep, moved, self.center))
+        all_reduce_sum(self.pending)
+        number = self.pending[:, -1:]
+        moved = self.center * self.momentum + self.pending[:, :-1] / number * (1 - self.momentum)
+        moves = number > 0 if gate is None else (number > 0) & (gate > 0)
+        self.center.copy_(torch.where(moves, moved, self.center))
         self.pending.zero_()

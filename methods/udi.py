@@ -177,7 +177,7 @@ class UDI(PrototypeMethod):
         if self.include_patch:
             index, weight, points = teacher_places(batch)
             z_points = self.teacher.head[0].bottleneck(self.teacher.backbone.sample(patches, index, weight, points))
-            weights = weight.sum(dim=2).flatten().index_select(0, points)
+            weights = weight.double().sum(dim=2).flatten().index_select(0, points)
         self._seen["features"] = classes[:, 0]
         return self.targets_of(z_cls, z_points, weights, batch, clock)
 
@@ -219,7 +219,7 @@ class UDI(PrototypeMethod):
                 counts.append(sums[0].new_full((), count))
             vectors["patch"] = z_points[: len(batch["points"])]
             sums.append(weighted.sum(dim=0))
-            counts.append(weights.sum(dtype=accurate))
+            counts.append(weights.sum().to(accurate))
         return vectors, torch.stack(sums), torch.stack(counts)
 
     def student_vectors(self, batch: dict, clock: Clock) -> dict[str, torch.Tensor]:
