@@ -22,14 +22,15 @@ import time
 from pathlib import Path
 
 import heads
+import numpy as np
 import plain
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.loader import to_device_ahead
+from data.udi_views import UDIViews
 from methods import METHODS
 from methods.base import Clock, Method
-from methods.masked_distillation import MaskedDistillation
 from methods.masking import MaskedViews
 from training.optim import build_optimizer, optimizer_step, set_schedules
 from training.options import get_args_parser
@@ -41,6 +42,7 @@ SETTINGS = {  # what the published recipes have and the defaults have not
     "dino": "--out_dim 65536 --local_crops_number 8",
     "ibot": "--out_dim 8192 --local_crops_number 10 --shared_head true --pred_ratio 0 0.3 --pred_ratio_var 0 0.2",
     "attmask": "--out_dim 8192 --local_crops_number 10 --shared_head true --pred_ratio 0.3 --pred_ratio_var 0.2",
+    "udi": "--out_dim 65536 --local_crops_number 10 --norm_last_layer false",
 }
 MEASURED = ("method", "arch", "patch_size", "batch", "local_crops_number", "out_dim", "drop_path_rate", "device")
 SHARES = ("forward", "backward", "clip", "optimiser", "EMA and centre")
@@ -79,6 +81,11 @@ def build(args: argparse.Namespace) -> tuple[Method, dict]:
         views.views = NoCrops()
         masks = MaskedViews.collate([views(None, (0, 0, index)) for index in range(args.batch)])
         batch |= next(iter(to_device_ahead([masks], torch.device(args.device))))
+    elif isinstance(views, UDIViews):
+        pictures = np.zeros((args.batch, 375, 500, 3), np.uint8)
+        places = views.collate([views(picture, (0, 0, index)) for index, picture in enumerate(pictures)])
+        del places["crops"]
+        batch |= next(iter(to_device_ahead([places], torch.device(args.device))))
     return method, batch
 
 
@@ -216,7 +223,7 @@ def measure_memory(args: argparse.Namespace) -> int:
 def compare_heads(args: argparse.Namespace, method: Method, batch: dict) -> None:
     """Heads and loss alone, forward and backward in fp32: seconds, and memory beyond what was there before."""
     tokens = heads.random_tokens(method, batch, clock_of(0))
-    sides = {name: copy.deepcopy(method) for name in heads.PARTS}
+    sides = {name: copy.deepcopy(method) for name in ("plain", "fast")}
     seconds = {name: [] for name in sides}
     for repeat in range(args.steps + 1):
         losses = []
@@ -229,9 +236,10 @@ def compare_heads(args: argparse.Namespace, method: Method, batch: dict) -> None
             raise UsageError(f"heads and loss disagree: {losses[0]} and {losses[1]}")
     slow, fast = (statistics.median(values[1:]) for values in seconds.values())
     memory = [peak_memory(args, side, "fp32", "heads") for side in ("plain", "fast")]
+    what = f"{len(tokens['masked'])} hidden patches" if "masked" in tokens else f"{len(tokens['points'])} places"
     print(
         f"heads  {slow * 1e3:9.0f} {fast * 1e3:9.0f} {slow / fast:6.2f} {memory[0]:9.0f} {memory[1]:8.0f}   "
-        f"with loss, fp32, forward and backward; {len(tokens['masked'])} hidden patches; memory they add"
+        f"with loss, fp32, forward and backward; {what}; memory they add"
     )
 
 
@@ -281,7 +289,7 @@ def main() -> int:
             + f" ms; steps {min(steps) * 1e3:.0f}-{max(steps) * 1e3:.0f}; "
             f"products at {min(rates) / 1e9:.0f}-{max(rates) / 1e9:.0f} GFLOP/s"
         )
-    if isinstance(method, MaskedDistillation):
+    if args.method in heads.PARTS:
         compare_heads(args, method, batch)
     native = "" if has_bf16(device) else " (emulated: this hardware has no bf16)"
     print(f"\nbf16 is {fast_seconds['fp32'] / fast_seconds['bf16']:.2f}x as fast as fp32{native}")

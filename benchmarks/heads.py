@@ -1,4 +1,4 @@
-"""Heads and loss of masked distillation by themselves, from given tokens: this repository's form against the plain one.
+"""Heads and loss of a method by themselves, from given tokens: this repository's form against the plain one.
 
 What a backbone would have given is random; the gradient goes back to these tokens and to the student's head.
 """
@@ -12,33 +12,43 @@ import torch.nn.functional as F
 from methods.base import Clock
 from methods.masked_distillation import MaskedDistillation
 from methods.masking import attention_mask
+from methods.udi import UDI, teacher_places
+
+Tokens = dict[str, torch.Tensor]
 
 
-def random_tokens(method: MaskedDistillation, batch: dict, clock: Clock) -> dict[str, torch.Tensor]:
-    """Tokens as the networks give them of ``batch``, and masks as the method draws them."""
-    crops, views, patch = batch["crops"], method.teacher_views, method.student.backbone.patch_size
-    size, dim = crops[0].shape[0], method.student.backbone.embed_dim
+def draw(images: int, tokens: int, dim: int, device: torch.device) -> torch.Tensor:
+    return F.layer_norm(torch.randn(images, tokens, dim, device=device), (dim,))
 
-    def draw(images: int, side: int) -> torch.Tensor:
-        return F.layer_norm(torch.randn(images, 1 + (side // patch) ** 2, dim, device=crops[0].device), (dim,))
 
-    shown = [draw(views * size, crops[0].shape[-1]), draw((len(crops) - views) * size, crops[-1].shape[-1])]
+def random_tokens(method: MaskedDistillation | UDI, batch: dict, clock: Clock) -> Tokens:
+    """Tokens as the networks give them of ``batch``, and what the method draws besides."""
+    crops, device = batch["crops"], batch["crops"][0].device
+    network = method.student.backbone.backbone if method.name == "udi" else method.student.backbone
+    sides = [crop.shape[-1] // network.patch_size for crop in (crops[0], crops[-1])]
+    counts = [network.num_prefix_tokens + side**2 for side in sides]
+    size, views, dim = len(crops[0]), 2, network.embed_dim
+    tokens = {
+        "teacher": draw(views * size, counts[0], dim, device),
+        "global": draw(views * size, counts[0], dim, device),
+        "local": draw((len(crops) - views) * size, counts[1], dim, device),
+    }
+    if method.name == "udi":
+        return tokens | {name: value for name, value in batch.items() if name != "crops"}
     if method.name == "attmask":
-        patches = shown[0].shape[1] - 1
-        attention = torch.rand(views * size, patches, device=crops[0].device)
-        masks, masked = attention_mask(attention, method.draw_hidden_ranks(clock, size, patches))
+        attention = torch.rand(views * size, counts[0] - 1, device=device)
+        masks, masked = attention_mask(attention, method.draw_hidden_ranks(clock, size, counts[0] - 1))
     else:
         masks, masked = torch.cat(batch["masks"]).flatten(1), batch["masked"]
-    teacher = draw(views * size, crops[0].shape[-1])
-    return {"teacher": teacher, "global": shown[0], "local": shown[1], "masks": masks, "masked": masked}
+    return tokens | {"masks": masks, "masked": masked}
 
 
-def plain_part(method: MaskedDistillation, tokens: dict[str, torch.Tensor], clock: Clock) -> torch.Tensor:
+def plain_masked(method: MaskedDistillation, tokens: Tokens, clock: Clock) -> torch.Tensor:
     student = [tokens["global"], tokens["local"]]
     return plain.masked_heads_and_loss(method, tokens["teacher"], student, tokens["masks"], clock)
 
 
-def fast_part(method: MaskedDistillation, tokens: dict[str, torch.Tensor], clock: Clock) -> torch.Tensor:
+def fast_masked(method: MaskedDistillation, tokens: Tokens, clock: Clock) -> torch.Tensor:
     probs, patch_probs = method.teacher_targets(tokens["teacher"], tokens["masked"], clock)
     patches = tokens["global"][:, 1:].flatten(0, 1).index_select(0, tokens["masked"])
     rows = torch.cat((tokens["global"][:, 0], tokens["local"][:, 0], patches))
@@ -46,14 +56,39 @@ def fast_part(method: MaskedDistillation, tokens: dict[str, torch.Tensor], clock
     return method.losses(z, z_patches, probs, patch_probs, tokens["masks"], tokens["masked"])["loss"]
 
 
-PARTS: dict[str, Callable] = {"plain": plain_part, "fast": fast_part}
+def plain_udi(method: UDI, tokens: Tokens, clock: Clock) -> torch.Tensor:
+    given = (tokens[name] for name in ("teacher", "global", "local"))
+    return plain.udi_heads_and_loss(method, *given, tokens, clock)
 
 
-def run(side: str, method: MaskedDistillation, tokens: dict[str, torch.Tensor], clock: Clock) -> float:
+def fast_udi(method: UDI, tokens: Tokens, clock: Clock) -> torch.Tensor:
+    with torch.no_grad():
+        head, backbone = method.teacher.head[0], method.teacher.backbone
+        index, weight, points = teacher_places(tokens)
+        z_cls = head.bottleneck(backbone.backbone.norm(tokens["teacher"][:, 0]))
+        z_points = head.bottleneck(backbone.sample(tokens["teacher"][:, 2:], index, weight, points))
+        weights = weight.double().sum(dim=2).flatten().index_select(0, points)
+        targets = method.targets_of(z_cls, z_points, weights, tokens, clock)
+    norm = method.student.backbone.backbone.norm
+    classes = norm(torch.cat((tokens["global"][:, :2], tokens["local"][:, :2])))
+    vectors = method.bottleneck_vectors(classes, tokens["global"][:, 2:], tokens)
+    crops = len(tokens["local"]) // (len(tokens["global"]) // 2)
+    return method.losses(vectors, targets, crops)["loss"]
+
+
+MASKED = {"plain": plain_masked, "fast": fast_masked}
+PARTS: dict[str, dict[str, Callable]] = {
+    "ibot": MASKED,
+    "attmask": MASKED,
+    "udi": {"plain": plain_udi, "fast": fast_udi},
+}
+
+
+def run(side: str, method: MaskedDistillation | UDI, tokens: Tokens, clock: Clock) -> float:
     """Forward and backward once; the loss."""
     for name in ("global", "local"):
         tokens[name] = tokens[name].detach().requires_grad_()
     method.zero_grad(set_to_none=True)
-    loss = PARTS[side](method, tokens, clock)
+    loss = PARTS[method.name][side](method, tokens, clock)
     loss.backward()
     return loss.item()

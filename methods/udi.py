@@ -226,7 +226,10 @@ class UDI(PrototypeMethod):
         """Bottleneck vectors: ``cls`` and ``cls+`` of all crops (crops * batch, 256), ``patch`` (places, 256)."""
         crops, vit = batch["crops"], self.student.backbone.backbone
         draws = clock.drop_path_draws(vit.depth, len(crops), crops[0].shape[0])
-        classes, patches = vit.forward_with_patches(crops[:2], crops[2:], draws)
+        return self.bottleneck_vectors(*vit.forward_with_patches(crops[:2], crops[2:], draws), batch)
+
+    def bottleneck_vectors(self, classes: torch.Tensor, patches: torch.Tensor, batch: dict) -> dict[str, torch.Tensor]:
+        """The same from class tokens (crops * batch, class tokens, dim) and patches of the global crops."""
         rows = [classes[:, level] for level in range(classes.shape[1])]
         names = ["cls", "cls+"][: classes.shape[1]]
         if self.include_patch:
