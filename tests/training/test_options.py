@@ -202,6 +202,8 @@ PUBLISHED = {  # the options of the commands in the originals' READMEs
     "--momentum_teacher 0.996 --subset -1",
     "attmask/hint_ep100_subset260": f"{ATTMASK_RUN} {MULTI_CROP} --local_crops_number 6 {HINT} --epochs 100 "
     "--batch_size_per_gpu 60 --momentum_teacher 0.99 --subset 260",
+    "udi/vit_small_ep300": f"--arch vit_small {MULTI_CROP} --norm_last_layer false --epochs 300 "
+    "--batch_size_per_gpu 128",
 }
 PUBLISHED["attmask/high_ep100_subset260"] = PUBLISHED["attmask/hint_ep100_subset260"].replace(
     HINT, "--pred_shape attmask_high"
@@ -231,6 +233,7 @@ def test_a_preset_is_the_command_of_the_originals_readme(name):
         ("ibot/vit_small_p16_ep800", 1_281_167, 2e-3, 1251),
         ("ibot/swin_tiny_w14_ep300", 1_281_167, 2.03125e-3, 1231),
         ("ibot/vit_base_p16_ep400", 1_281_167, 3e-3, 1251),
+        ("udi/vit_small_ep300", 1_281_167, 2e-3, 1251),
     ],
 )
 def test_learning_rate_and_steps_of_a_preset_are_those_of_the_original(name, images, lr, steps):
