@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from data.datasets import Source, check_subset, open_source
-from features import INTERLEAVED, MEAN, OUTPUT, POOLINGS, Feature, labels_of
+from features import CLASS_TOKENS, CLS, INTERLEAVED, MEAN, OUTPUT, POOLINGS, Feature, labels_of
 from models import ALIASES, build_backbone, is_swin, is_vision_transformer
 from models.checkpoints import Network, network_from_file
 from utils import BACKENDS, UsageError, check_writable, log, make_folder, save_atomically
@@ -58,11 +58,15 @@ def add_feature_arguments(parser: argparse._ActionsContainer, n_last_blocks: int
         "0: no patch tokens; 1: only their mean, before the norm; 2: their mean as well; interleaved: as DINO's true"
     )
     add("--avgpool_patchtokens", POOLINGS[0], type=pooling, metavar="POOLING", help=means)
+    add("--class_token", CLS, choices=tuple(CLASS_TOKENS), help="which one, of networks with two (UDI)")
 
 
-def chosen_features(network: Network, n_last_blocks: Sequence[int], poolings: Sequence[str]) -> list[Feature]:
+def chosen_features(
+    network: Network, n_last_blocks: Sequence[int], poolings: Sequence[str], tokens: Sequence[str] = (CLS,)
+) -> list[Feature]:
     """Every combination that differs from the others. Raises UsageError for what ``network`` does not have."""
-    features = [Feature(1 if p == MEAN else n, p) for n, p in itertools.product(n_last_blocks, poolings)]
+    combinations = itertools.product(n_last_blocks, poolings, tokens)
+    features = [Feature(1, p) if p == MEAN else Feature(n, p, token) for n, p, token in combinations]
     features = list(dict.fromkeys(features))
     if min(n_last_blocks) < 1:
         raise UsageError(f"--n_last_blocks {min(n_last_blocks)}: must be at least 1")
@@ -72,8 +76,16 @@ def chosen_features(network: Network, n_last_blocks: Sequence[int], poolings: Se
                 f"--n_last_blocks {feature.n_last_blocks} --avgpool_patchtokens interleaved (DINO's true): exists for "
                 "one block only; pass --n_last_blocks 1, or --avgpool_patchtokens 2 (one after the other)"
             )
+        if feature.avgpool == INTERLEAVED and len(CLASS_TOKENS[feature.token]) > 1:
+            raise UsageError(
+                f"--class_token {feature.token} --avgpool_patchtokens interleaved (DINO's true): exists for one class "
+                "token only; pass --class_token cls or cls+, or --avgpool_patchtokens 2 (one after the other)"
+            )
     model = network.model
     pools = network.arch.startswith("timm/") or getattr(model, "fc_norm", None) is not None
+    others = [token for token in tokens if token != CLS]
+    if others and (pools or getattr(model, "num_class_tokens", 1) < 2):
+        raise UsageError(f"--class_token {others[0]}: {network.label} has no second class token; leave the option out")
     if pools or not hasattr(model, "get_intermediate_layers"):
         if features != [OUTPUT]:
             raise UsageError(

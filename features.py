@@ -36,6 +36,8 @@ def class_token(model: Callable, images: torch.Tensor) -> torch.Tensor:
 
 
 CLASS, MEAN, BOTH, INTERLEAVED = POOLINGS = ("0", "1", "2", "interleaved")  # iBOT's numbers, and DINO's "true"
+CLASS_TOKENS = {"cls": (0,), "cls+": (1,), "both": (0, 1)}  # which of a network's class tokens
+CLS = "cls"
 
 
 class Feature(NamedTuple):
@@ -48,20 +50,23 @@ class Feature(NamedTuple):
     | 2           | class tokens of the last n blocks, then the mean patch token of the last            | (n+1) * dim |
     | interleaved | class_0, mean_0, class_1, mean_1, ... of the last block: what DINO's heads expect   | 2 * dim     |
 
+    ``token``: which class token, of those that have two (UDI); "both" are one after the other, block by block.
     All but avgpool 1 after the final norm. A Swin's class token is the mean of its tokens, and ``dim`` differs between
     its stages. parity: iBOT builds plain transformers without final norm for avgpool 1, but Swin with it.
     """
 
     n_last_blocks: int = 1
     avgpool: str = CLASS
+    token: str = CLS
 
     def __str__(self) -> str:
+        token = {"cls": "class token", "cls+": "second class token (cls+)", "both": "both class tokens"}[self.token]
         blocks = "the last block" if self.n_last_blocks == 1 else f"the last {self.n_last_blocks} blocks"
         return {
-            CLASS: f"class token of {blocks}",
+            CLASS: f"{token} of {blocks}",
             MEAN: "mean patch token of the last block before the norm",
-            BOTH: f"class token of {blocks} and mean patch token of the last",
-            INTERLEAVED: f"class token and mean patch token of {blocks}, interleaved",
+            BOTH: f"{token} of {blocks} and mean patch token of the last",
+            INTERLEAVED: f"{token} and mean patch token of {blocks}, interleaved",
         }[self.avgpool]
 
     def __call__(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -95,7 +100,8 @@ def pool_tokens(
 
     ``unnormalised``: those of the last block as avgpool 1 takes them.
     """
-    classes = [tokens[:, 0] for tokens in layers[len(layers) - feature.n_last_blocks :]]
+    last = layers[len(layers) - feature.n_last_blocks :]
+    classes = [tokens[:, token] for tokens in last for token in CLASS_TOKENS[feature.token]]
     patches = unnormalised if feature.avgpool == MEAN else layers[-1]
     mean = patches[:, num_prefix_tokens:].mean(dim=1)
     if feature.avgpool == INTERLEAVED:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluation import common_labels, crop_and_resize, open_train_and_test, write_result
-from features import Feature, weights_hash
+from features import CLS, Feature, weights_hash
 from linear_heads import Probe, Recipe, best_head, cosine_factor, restore_heads, saved_heads
 from models.checkpoints import Network
 from models.safe_load import load_file
@@ -62,7 +62,9 @@ class Run:
     def heads(self) -> list[dict]:
         """What tells the heads apart, in their order."""
         return [
-            {"n_last_blocks": f.n_last_blocks, "avgpool_patchtokens": f.avgpool, **r._asdict()}
+            {"n_last_blocks": f.n_last_blocks, "avgpool_patchtokens": f.avgpool}
+            | ({} if f.token == CLS else {"class_token": f.token})  # so that runs before the option can be continued
+            | r._asdict()
             for f in self.features
             for r in self.recipes
         ]
@@ -174,7 +176,7 @@ def refuse_another_run(path: Path, theirs: dict, ours: dict) -> None:
             continue
         different = f"{name}: {theirs.get(name)} there, {ours[name]} here"
         differences.append(
-            "other heads (--lr, --n_last_blocks, --avgpool_patchtokens)" if name == "heads" else different
+            "other heads (--lr, --n_last_blocks, --avgpool_patchtokens, ...)" if name == "heads" else different
         )
     if differences:
         raise UsageError(

@@ -5,7 +5,9 @@
 
 For every image: ``img.png`` (what the network saw), ``attn-head<j>.png`` for each head, with ``--threshold`` also
 ``mask_th<threshold>_head<j>.png`` (the patches that hold this share of the head's attention), and ``sheet.png``, a
-contact sheet of them. Several images get a folder each. DINO (2104.14294), figures 1 and 3; its script of this name.
+contact sheet of them. Of two class tokens (UDI) the second has files of its own, ``attn-cls+-head<j>.png`` and
+``mask-cls+_th<threshold>_head<j>.png``, and its own rows below. Several images get a folder each. DINO (2104.14294),
+figures 1 and 3; its script of this name.
 """
 
 import argparse
@@ -115,13 +117,16 @@ def overlaid(image: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.round(image * (0.25 + 0.75 * smooth)).astype(np.uint8)
 
 
-def attention_sheet(image: np.ndarray, maps: torch.Tensor, masked: list[np.ndarray] | None = None) -> np.ndarray:
+def attention_sheet(
+    image: np.ndarray, maps: torch.Tensor, masked: list[np.ndarray] | None = None, token: str = ""
+) -> np.ndarray:
     """Contact sheet: the image, the image lit by the heads' mean attention, a map per head, a mask per head if given.
 
-    ``image`` and ``masked`` uint8 (height, width, 3), ``maps`` (heads, rows, columns) of any resolution.
+    ``image`` and ``masked`` uint8 (height, width, 3), ``maps`` (heads, rows, columns) of any resolution; ``token``: the
+    class token's name, where there are several.
     """
     maps = np.nan_to_num(maps.detach().float().cpu().numpy())  # a failing run's pictures are black, not an error
-    cells = [("image", image), ("mean of heads", overlaid(image, maps.mean(axis=0)))]
+    cells = [(f"image, {token}" if token else "image", image), ("mean of heads", overlaid(image, maps.mean(axis=0)))]
     cells += [(f"head {number}", heat(values)) for number, values in enumerate(maps)]
     cells += [(f"mask of head {number}", picture) for number, picture in enumerate(masked or ())]
     scale = CELL / max(image.shape[:2])
@@ -189,19 +194,22 @@ def save_picture(picture: np.ndarray, path: Path) -> None:
 
 def visualise(model: torch.nn.Module, image: torch.Tensor, folder: Path, threshold: float | None) -> None:
     """All pictures of one normalised image (3, height, width), written to ``folder``."""
-    patch = model.patch_size
-    maps = attention_maps(model, image[None])[0].float().cpu()
-    height, width = maps.shape[-2] * patch, maps.shape[-1] * patch
-    image = image[:, :height, :width].cpu()
-    photograph = to_pixels(image)
-    save_picture(stretched(image), folder / "img.png")
-    for head, values in enumerate(enlarge(maps, patch)):
-        save_picture(heat(values), folder / f"attn-head{head}.png")
-    masks = () if threshold is None else enlarge(keep_mass(maps, threshold), patch).numpy()
-    masked = [blended(photograph, mask, bright_colour(head)) for head, mask in enumerate(masks)]
-    for head, picture in enumerate(masked):
-        save_picture(picture, folder / f"mask_th{threshold}_head{head}.png")
-    save_picture(attention_sheet(photograph, maps, masked), folder / "sheet.png")
+    patch, sheets = model.patch_size, []
+    height, width = (size - size % patch for size in image.shape[-2:])
+    seen = image[:, :height, :width].cpu()
+    photograph = to_pixels(seen)
+    save_picture(stretched(seen), folder / "img.png")
+    names = ("cls", "cls+")[: model.num_class_tokens]
+    for token, name in enumerate(names):
+        maps, mark = attention_maps(model, image[None], token)[0].float().cpu(), f"-{name}" if token else ""
+        for head, values in enumerate(enlarge(maps, patch)):
+            save_picture(heat(values), folder / f"attn{mark}-head{head}.png")
+        masks = () if threshold is None else enlarge(keep_mass(maps, threshold), patch).numpy()
+        masked = [blended(photograph, mask, bright_colour(head)) for head, mask in enumerate(masks)]
+        for head, picture in enumerate(masked):
+            save_picture(picture, folder / f"mask{mark}_th{threshold}_head{head}.png")
+        sheets.append(attention_sheet(photograph, maps, masked, name if len(names) > 1 else ""))
+    save_picture(np.concatenate(sheets), folder / "sheet.png")
 
 
 def result_folders(files: list[Path], output_dir: str) -> list[Path]:

@@ -199,7 +199,7 @@ class Sets:
     """
 
     def __init__(self, args: argparse.Namespace, network: Network):
-        (self.feature,) = chosen_features(network, [args.n_last_blocks], [args.avgpool_patchtokens])
+        (self.feature,) = chosen_features(network, [args.n_last_blocks], [args.avgpool_patchtokens], [args.class_token])
         per_class = None if args.subset == ALL else args.subset
         first, last = min(args.subset_starts), max(args.subset_starts)
         span = per_class and last - first + per_class

@@ -27,7 +27,7 @@ from evaluation import (
     chosen_features,
     network_from_options,
 )
-from features import Feature, batches, token_features
+from features import CLS, Feature, batches, token_features
 from linear_heads import (
     LinearHeads,
     Probe,
@@ -69,7 +69,7 @@ LINES_EVERY = 20  # steps
 def build_run(args: argparse.Namespace, world: World) -> Run:
     network = network_from_options(args)
     model = network.model.to(world.device).eval().requires_grad_(False)
-    features = chosen_features(network, args.n_last_blocks, args.avgpool_patchtokens)
+    features = chosen_features(network, args.n_last_blocks, args.avgpool_patchtokens, args.class_token)
     sets = Sets(args, network)
     log.info(f"{sets.train.name}; test: {sets.test.name}; crop {sets.crop_size} of {sets.resize_size} pixels")
     recipes = [Recipe(lr) for lr in dict.fromkeys(args.lr or [0.001])]
@@ -206,7 +206,7 @@ def evaluate(run: Run) -> None:
     if width != expected:
         raise UsageError(
             f"{path}: a head on features of width {width}, but the {feature} of {run.network.label} has {expected}; "
-            "pass the --n_last_blocks and --avgpool_patchtokens it was trained with"
+            "pass the --n_last_blocks, --avgpool_patchtokens and --class_token it was trained with"
         )
     run.features, run.recipes, run.sets.classes = [feature], [Recipe(0.0)], classes
     run.probe = Probe([LinearHeads(weight[None].to(device), bias[None].to(device), run.recipes)])
@@ -231,9 +231,12 @@ def given_head(run: Run) -> tuple[Path, Feature, torch.Tensor, torch.Tensor]:
     number = file.get("best_acc_hidx", 0)
     if "tutelage" in file and "heads" in file["tutelage"]:
         recorded = file["tutelage"]["heads"][number]
-        return path, Feature(recorded["n_last_blocks"], recorded["avgpool_patchtokens"]), *heads[number]
+        feature = Feature(recorded["n_last_blocks"], recorded["avgpool_patchtokens"], recorded.get("class_token", CLS))
+        return path, feature, *heads[number]
     if len(run.features) > 1:
-        raise UsageError("--evaluate: pass the one --n_last_blocks and --avgpool_patchtokens the head was trained with")
+        raise UsageError(
+            "--evaluate: pass the one --n_last_blocks, --avgpool_patchtokens and --class_token of this head"
+        )
     return path, run.features[0], *heads[number]
 
 

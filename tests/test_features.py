@@ -142,6 +142,13 @@ def test_several_features_of_one_pass_are_those_of_their_own_passes(double):
         torch.testing.assert_close(found, feature(model, images), rtol=1e-12, atol=1e-12)
     widths = dict(zip(wanted, [found.shape[1] for found in together], strict=True))
     assert [widths[Feature(3, p)] for p in "012"] == [36, 12, 48] and widths[Feature(1, "interleaved")] == 24
+    chosen = [Feature(2, "0", token) for token in ("cls", "cls+", "both")] + [Feature(1, "interleaved", "cls+")]
+    first, second, both, mixed = token_features(model, images, chosen)
+    layers = [tokens[:, :2] for tokens in model.get_intermediate_layers(images, 2)]
+    assert torch.equal(torch.cat([tokens[:, 0] for tokens in layers], 1), first)
+    assert torch.equal(torch.cat([tokens[:, 1] for tokens in layers], 1), second)
+    assert torch.equal(torch.cat([tokens.flatten(1) for tokens in layers], 1), both)
+    assert torch.equal(mixed[:, 0::2], layers[-1][:, 1])
     bare = small(num_class_tokens=2, use_mean_pooling=True).eval()
     bare.load_state_dict({n: t for n, t in model.state_dict().items() if not n.startswith("norm.")}, strict=False)
     (tokens,) = bare.get_intermediate_layers(images, 1)

@@ -164,6 +164,24 @@ def test_one_image_becomes_the_originals_files_and_a_sheet(visualise, weights, t
     assert (blocks == blocks[:, :1, :, :1]).all()  # every patch is one colour
 
 
+def test_of_two_class_tokens_both_are_shown(visualise, tmp_path):
+    model = build_backbone("vit_micro", 8, img_size=64, num_class_tokens=2).eval()
+    torch.save(model.state_dict(), tmp_path / "two.pth")
+    image = photographs(tmp_path / "photos") / "one.jpg"
+    options = ("--image_path", image, "--image_size", 60, 84, "--threshold", 0.6)
+    code, _, error = visualise("--pretrained_weights", tmp_path / "two.pth", *options)
+    assert code == 0, error
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    heads = {f"attn{t}-head{h}.png" for t in ("", "-cls+") for h in range(4)}
+    assert names == {"img.png", "sheet.png"} | heads | {
+        f"mask{t}_th0.6_head{h}.png" for t in ("", "-cls+") for h in range(4)
+    }
+    for token, name in enumerate(("attn-head1.png", "attn-cls+-head1.png")):
+        values = attention_maps(model, read_image(image, [60, 84])[None], token)[0, 1]
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert (np.asarray(picture)[::8, ::8] == heat(values)).all()
+
+
 def test_a_folder_becomes_a_folder_for_every_image_with_its_shape_kept_if_asked(visualise, weights, tmp_path):
     folder = photographs(tmp_path / "photos")
     code, _, error = visualise("--pretrained_weights", weights, "--data_path", folder, "--image_size", 40)

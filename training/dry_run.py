@@ -11,6 +11,7 @@ from data.loader import TrainLoader, to_device_ahead
 from randomness import Permutation
 from training.precision import autocast, batch_dtype
 from training.preview import first_batch
+from training.sampling_picture import sampling_picture
 from utils import World, log, make_folder
 from visualize_attention import save_picture
 
@@ -18,7 +19,7 @@ SCANNED = 64
 
 
 def dry_run(run, pieces) -> None:
-    """Print parameter counts, predicted memory and a scan of the data; write the first batch as a picture."""
+    """Print parameter counts, predicted memory and a scan of the data; draw the first batch, and places if sampled."""
     piece = next(pieces)
     describe_parameters(run)
     describe_memory(run)
@@ -31,6 +32,10 @@ def dry_run(run, pieces) -> None:
         make_folder(picture.parent)
         with autocast(run.args.precision, run.world.device):
             save_picture(first_batch(run.method, piece, run.clock(0, 0, piece["first_sample"])), picture)
+        if "source" in piece:
+            places = picture.with_name("sampling.png")
+            save_picture(sampling_picture(piece, run.args.patch_size), places)
+            log.info("sampled places of the first image, and where they were found in other crops: %s", places)
 
 
 def describe_parameters(run) -> None:

@@ -21,7 +21,8 @@ class OnlineKNN:
     def __init__(self, args: argparse.Namespace, world: World, backbone: torch.nn.Module):
         self.args, self.world, self.backbone = args, world, backbone
         network = Network(backbone, args.arch, {}, None)
-        (self.feature,) = chosen_features(network, [args.n_last_blocks], [args.avgpool_patchtokens])
+        pooling, token = args.avgpool_patchtokens, args.class_token
+        (self.feature,) = chosen_features(network, [args.n_last_blocks], [pooling], [token])
         self.temperature = args.teacher_temp if args.knn_temperature is None else args.knn_temperature
         self.sets: tuple[Source, Source] | None = None
         folder = args.knn_data

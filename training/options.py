@@ -21,7 +21,7 @@ FREE_OPTIONS = {
     *("config", "data_path", "output_dir", "num_workers", "device", "dist_url", "local_rank", "batch_size_per_gpu"),
     *("accum_iter", "grad_checkpointing", "compile", "deterministic", "saveckp_freq", "save_every_minutes"),
     *("knn_every", "knn_data", "knn_per_class", "nb_knn", "n_last_blocks", "avgpool_patchtokens", "knn_temperature"),
-    *("use_cuda", "print_freq", "max_bad_images", "max_skipped"),
+    *("class_token", "use_cuda", "print_freq", "max_bad_images", "max_skipped"),
     *("dry_run", "replay", "accept_changes", "use_fp16", "load_from", "backend"),
 }
 

@@ -295,6 +295,20 @@ def test_other_features_are_kept_under_their_own_name(evaluate, tmp_path):
     assert evaluate("--arch", "resnet18", "--crop_size", 32, "--nb_knn", 5)[0] == 0
 
 
+def test_of_two_class_tokens_any_may_be_asked(evaluate, tmp_path):
+    torch.save(build_backbone("vit_micro", 8, img_size=32, num_class_tokens=2).state_dict(), tmp_path / "two.pth")
+    options, kept = ("--pretrained_weights", tmp_path / "two.pth", "--crop_size", 32, "--nb_knn", 5), {}
+    for token in ("cls", "cls+", "both"):
+        code, _, error = evaluate(*options, "--class_token", token, "--dump_features", tmp_path / token)
+        assert code == 0, error
+        kept[token] = torch.load(tmp_path / token / "trainfeat.pth")
+    parts = [F.normalize(part, dim=1) for part in kept["both"].split(128, dim=1)]
+    torch.testing.assert_close(parts, [kept["cls"], kept["cls+"]])
+    assert not torch.allclose(*parts)
+    keys = [json.loads((tmp_path / token / "features.json").read_text())["feature"] for token in kept]
+    assert keys[0] == "class token of the last block, L2-normalised" and len(set(keys)) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -314,6 +328,11 @@ def test_other_features_are_kept_under_their_own_name(evaluate, tmp_path):
         (["--patch_size", "15"], ["--patch_size 15"]),
         (["--arch", "vit_smal"], ["vit_smal", "did you mean vit_small"]),
         (["--n_last_blocks", "9"], ["--n_last_blocks 9", "4 blocks"]),
+        (["--class_token", "cls+"], ["--class_token cls+: vit_micro/16 has no second class token"]),
+        (["--class_token", "both", "--avgpool_patchtokens", "1"], ["--class_token both"]),
+        (["--arch", "resnet18", "--class_token", "both"], ["--class_token both: resnet18 has no"]),
+        (["--class_token", "both", "--avgpool_patchtokens", "true"], ["--class_token both", "interleaved", "cls+"]),
+        (["--class_token", "second"], ["--class_token", "'second'"]),
         (["--arch", "resnet18", "--n_last_blocks", "2"], ["resnet18", "--n_last_blocks 1"]),
         (["--load_features", "/no/features"], ["/no/features", "no features there"]),
         (["--nb_knm", "3"], ["--nb_knm", "did you mean --nb_knn"]),

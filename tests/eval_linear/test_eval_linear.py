@@ -262,6 +262,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         (["--avgpool_patchtokens", "true"], ["--n_last_blocks 4", "interleaved", "--n_last_blocks 1"]),
         (["--n_last_blocks", "5"], ["--n_last_blocks 5", "4 blocks"]),
         (["--n_last_blocks", "0"], ["--n_last_blocks 0"]),
+        (["--class_token", "cls", "both"], ["--class_token both: vit_micro/16 has no second class token"]),
         (["--epochs", "0"], ["--epochs 0"]),
         (["--val_freq", "0"], ["--val_freq 0"]),
         (["--crop_size", "8"], ["--crop_size 8"]),
@@ -285,6 +286,18 @@ def test_poolings_have_the_names_of_both_originals(probe, tmp_path):
         options = ("--arch", "vit_micro", "--epochs", 1, "--n_last_blocks", n, "--avgpool_patchtokens", words)
         assert probe(*options, out=words)[0] == 0
         assert heads_of(saved(tmp_path / words))[0][0].shape == (6, width)
+
+
+def test_of_two_class_tokens_each_and_both_are_probed(probe, tmp_path):
+    torch.save(build_backbone("vit_micro", 8, img_size=32, num_class_tokens=2).state_dict(), tmp_path / "two.pth")
+    options = ("--pretrained_weights", tmp_path / "two.pth", "--epochs", 1, "--n_last_blocks", 2, "--lr", 0.1)
+    code, _, error = probe(*options, "--class_token", "cls", "cls+", "both")
+    assert code == 0, error
+    numbers = json.loads((tmp_path / "out" / "eval_linear.json").read_text())["numbers"]
+    assert [head.get("class_token") for head in numbers["heads"]] == [None, "cls+", "both"]
+    assert [weight.shape[1] for weight, _ in heads_of(saved(tmp_path / "out"))] == [256, 256, 512]
+    code, said, error = probe(*options, "--class_token", "cls", "cls+", "both", "--evaluate")
+    assert code == 0 and f"Top-1 test accuracy: {numbers['top1']:.1f}" in said, error
 
 
 def test_a_published_head_of_dino_is_tested(probe, tmp_path):

@@ -21,8 +21,9 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 # A new option is a decision: it is added here, to the README or the help, and to FREE_OPTIONS if it changes no number.
 SHARED = """
-    accept_changes accum_iter arch augment avgpool_patchtokens backend batch_size_per_gpu clip_grad compile config
-    data_path deterministic device dist_url drop_path_rate dry_run epochs grad_checkpointing knn_data knn_every
+    accept_changes accum_iter arch augment avgpool_patchtokens backend batch_size_per_gpu class_token clip_grad
+    compile config data_path deterministic device dist_url drop_path_rate dry_run epochs grad_checkpointing knn_data
+    knn_every
     knn_per_class knn_temperature load_from local_rank lr max_bad_images max_skipped method min_lr n_last_blocks
     nb_knn num_workers
     optimizer output_dir patch_size precision print_freq replay save_every_minutes saveckp_freq seed subset use_cuda
@@ -202,6 +203,8 @@ PUBLISHED = {  # the options of the commands in the originals' READMEs
     "--momentum_teacher 0.996 --subset -1",
     "attmask/hint_ep100_subset260": f"{ATTMASK_RUN} {MULTI_CROP} --local_crops_number 6 {HINT} --epochs 100 "
     "--batch_size_per_gpu 60 --momentum_teacher 0.99 --subset 260",
+    "udi/vit_small_ep300": f"--arch vit_small {MULTI_CROP} --norm_last_layer false --epochs 300 "
+    "--batch_size_per_gpu 128",
 }
 PUBLISHED["attmask/high_ep100_subset260"] = PUBLISHED["attmask/hint_ep100_subset260"].replace(
     HINT, "--pred_shape attmask_high"
@@ -231,6 +234,7 @@ def test_a_preset_is_the_command_of_the_originals_readme(name):
         ("ibot/vit_small_p16_ep800", 1_281_167, 2e-3, 1251),
         ("ibot/swin_tiny_w14_ep300", 1_281_167, 2.03125e-3, 1231),
         ("ibot/vit_base_p16_ep400", 1_281_167, 3e-3, 1251),
+        ("udi/vit_small_ep300", 1_281_167, 2e-3, 1251),
     ],
 )
 def test_learning_rate_and_steps_of_a_preset_are_those_of_the_original(name, images, lr, steps):

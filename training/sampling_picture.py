@@ -1,0 +1,79 @@
+"""A picture of sampled places: where they are in one crop, and where they were found in another."""
+
+import colorsys
+
+import numpy as np
+import torch
+
+from data.preprocess import to_pixels
+
+SIDE = 448  # pixels of a global crop, about
+GOLDEN = (5**0.5 - 1) / 2  # steps around the circle of hues that leave neighbours far apart
+GAP = 6
+
+
+def sampling_picture(batch: dict, patch_size: int, image: int = 0) -> np.ndarray:
+    """Crops of one image of ``batch`` (``data.udi_views.UDIViews``) and valid places in them, uint8 (height, width, 3).
+
+    Above: the first global crop with its sampled patches, and the second where these were found, in the same colours.
+    Below: the first local crop, and where its patches were found in the second and the first global crop, white: a
+    batch does not say which patches of a local crop they are.
+    """
+    first, second = crops = [to_pixels(crop[image]) for crop in batch["crops"][:2]]
+    grid = first.shape[0] // patch_size
+    shares = token_shares(batch["source"][image, 0, : batch["valid"][image, 0]].cpu().numpy(), grid)
+    found = places(batch["target_index"][image, 0], batch["target_weight"][image, 0], grid)[: len(shares)]
+    colours = [hue_of(number) for number in range(len(shares))]
+    rows = [[marked(first, shares, colours), marked(second, found, colours)]]
+    if "local_index" in batch:
+        local, white = to_pixels(batch["crops"][2][image]), [(255, 255, 255)] * batch["local_index"].shape[3]
+        index, weight, valid = (batch[f"local_{name}"][image, 0] for name in ("index", "weight", "valid"))
+        landed = [places(index[view], weight[view], grid)[: valid[view]] for view in (0, 1)]
+        pairs = zip(crops[::-1], landed, strict=True)
+        rows.append([marked(local, []), *(marked(crop, where, white) for crop, where in pairs)])
+    return sheet(rows)
+
+
+def token_shares(tokens: np.ndarray, grid: int) -> np.ndarray:
+    """Tokens of a grid -> rows and columns from 0 to 1 (tokens, 2); the outermost lie on the outermost pixels."""
+    return np.stack(np.divmod(tokens, grid), axis=-1) / max(grid - 1, 1)
+
+
+def places(index: torch.Tensor, weight: torch.Tensor, grid: int) -> np.ndarray:
+    """Tokens and bilinear weights (points, 4) -> rows and columns from 0 to 1 (points, 2); NaN without any weight."""
+    index, weight = index.cpu().numpy(), weight.double().cpu().numpy()
+    total = weight.sum(axis=1, keepdims=True)
+    where = (token_shares(index, grid) * weight[..., None]).sum(axis=1)
+    return np.divide(where, total, out=np.full_like(where, np.nan), where=total > 0)
+
+
+def hue_of(number: int) -> tuple[int, ...]:
+    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(number * GOLDEN % 1, 1, 1))
+
+
+def marked(crop: np.ndarray, shares: np.ndarray | list, colours: list | tuple = ()) -> np.ndarray:
+    """``crop`` enlarged, with a coloured square in a black frame at every place (rows and columns from 0 to 1)."""
+    scale = max(1, SIDE // crop.shape[0])
+    picture = crop.repeat(scale, axis=0).repeat(scale, axis=1)
+    half = max(2, SIDE // 90)
+    for share, colour in zip(shares, colours, strict=False):
+        if not np.isfinite(share).all():
+            continue
+        row, column = np.rint(share * (np.array(crop.shape[:2]) - 1) * scale + scale // 2).astype(int)
+        for size, paint in ((half + 1, (0, 0, 0)), (half, colour)):
+            picture[max(0, row - size) : row + size + 1, max(0, column - size) : column + size + 1] = paint
+    return picture
+
+
+def sheet(rows: list[list[np.ndarray]]) -> np.ndarray:
+    """Pictures beside and below each other, on white."""
+    heights = [max(picture.shape[0] for picture in row) + GAP for row in rows]
+    width = max(sum(picture.shape[1] + GAP for picture in row) for row in rows)
+    canvas, top = np.full((sum(heights) + GAP, width + GAP, 3), 255, np.uint8), GAP
+    for row, height in zip(rows, heights, strict=True):
+        left = GAP
+        for picture in row:
+            canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+            left += picture.shape[1] + GAP
+        top += height
+    return canvas
