@@ -3,8 +3,8 @@
     python eval_finetuning/extract_backbone_weights_for_finetuning.py checkpoint.pth backbone.pth            as in iBOT
     python eval_finetuning/extract_backbone_weights_for_finetuning.py --checkpoint F --output X.pth          as in UDI
 
-Every layout that models/checkpoints.py reads; the names are those of models/vit.py and models/swin.py. The file is opened
-again and compared before the command says that it is there. eval_finetuning.py takes the checkpoints themselves as well.
+Every layout that models/checkpoints.py reads; the names are those of models/vit.py and models/swin.py. The file is
+opened again and compared before the command says that it is there. eval_finetuning.py takes checkpoints themselves too.
 """
 
 import argparse
