@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 
@@ -84,8 +83,8 @@ class Run:
     model: nn.Module  # the network, or what shares its work among processes
     stepper: Stepper
     niter: int
-    lr: np.ndarray  # a value for every step of the run
-    weight_decay: np.ndarray
+    lr: list[float]  # a value for every step of the run
+    weight_decay: list[float]
     mixup: Callable | None = None
     ema: nn.Module | None = None
     start: str = ""  # what the weights at the start were

@@ -52,7 +52,9 @@ LINES_EVERY = 10  # steps
 def build_run(args: argparse.Namespace, world: World) -> Run:
     network, sets = build_network(args)
     images = args.batch_size_per_gpu * args.update_freq * world.size
-    niter = 0 if args.eval else steps_per_epoch(len(sets.train), images)
+    niter = 1 if args.eval else steps_per_epoch(len(sets.train), images)
+    if args.warmup_steps > niter * args.epochs and not args.eval:
+        raise UsageError(f"--warmup_steps {args.warmup_steps}: longer than the {niter * args.epochs} steps of training")
     start = start_hash(network.model)
     model = network.model.to(world.device, batch_dtype(args.precision))
     groups = layer_decay_groups(
@@ -68,10 +70,8 @@ def build_run(args: argparse.Namespace, world: World) -> Run:
         model=model,
         stepper=stepper,
         niter=niter,
-        lr=cosine_scheduler(
-            args.lr, args.min_lr, args.epochs, niter, args.warmup_epochs, warmup_steps=args.warmup_steps
-        ),
-        weight_decay=cosine_scheduler(args.weight_decay, final_decay(args), args.epochs, niter),
+        lr=learning_rates(args, niter),
+        weight_decay=cosine_scheduler(args.weight_decay, final_decay(args), args.epochs, niter).tolist(),
         mixup=build_mixup(args, sets.classes),
         start=start,
     )
@@ -84,6 +84,14 @@ def build_run(args: argparse.Namespace, world: World) -> Run:
         on_gpu = {"device_ids": [world.device.index]} if world.device.type == "cuda" else {}
         run.model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, **on_gpu)
     return run
+
+
+def learning_rates(args: argparse.Namespace, niter: int) -> list[float]:
+    """Of the head, for every step of the run."""
+    if args.eval:
+        return []
+    warmup = {"warmup_epochs": args.warmup_epochs, "warmup_steps": args.warmup_steps}
+    return cosine_scheduler(args.lr, args.min_lr, args.epochs, niter, **warmup).tolist()
 
 
 def final_decay(args: argparse.Namespace) -> float:
