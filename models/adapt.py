@@ -57,7 +57,9 @@ def resize_bias_table(table: torch.Tensor, rows: int) -> torch.Tensor:
     old, new = square_side(table.shape[0] - 3), square_side(rows - 3)
     if old is None or new is None or old == new:
         return table
-    matrix = torch.from_numpy(_spline_matrix(_growing_distances(old, new), np.arange(new) - (new - 1) / 2)).to(table)
+    known = _growing_distances(old, new)
+    wanted = (np.arange(new) - new // 2).clip(known[0], known[-1])  # beyond what is known the farthest value holds
+    matrix = torch.from_numpy(_spline_matrix(known, wanted)).to(table)
     heads = table[:-3].reshape(old, old, -1)
     resized = torch.einsum("ai,bj,ijh->abh", matrix, matrix, heads)
     return torch.cat((resized.flatten(0, 1), table[-3:]))
