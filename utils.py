@@ -207,16 +207,19 @@ def cosine_scheduler(
     niter_per_ep: int,
     warmup_epochs: int = 0,
     start_warmup_value: float = 0.0,
+    warmup_steps: int = -1,
 ) -> np.ndarray:
     """Linear warm-up, then half a cosine; shape (epochs * niter_per_ep,).
+
+    ``warmup_steps``, if positive, is the length of the warm-up whatever ``warmup_epochs`` says.
 
     parity: the warm-up includes both ends, so ``base_value`` occurs twice around the junction, and the cosine never
     reaches ``final_value`` (DINO utils.py).
     """
-    warmup_iters = int(warmup_epochs * niter_per_ep)
+    warmup_iters = warmup_steps if warmup_steps > 0 else int(warmup_epochs * niter_per_ep)
     total = epochs * niter_per_ep
     if warmup_iters > total:
-        raise ValueError(f"warmup_epochs {warmup_epochs} is longer than the {epochs} epochs of training")
+        raise ValueError(f"a warm-up of {warmup_iters} steps is longer than the {epochs} epochs of training")
     warmup = np.linspace(start_warmup_value, base_value, warmup_iters)
     steps = np.arange(total - warmup_iters)
     cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * steps / max(1, len(steps))))

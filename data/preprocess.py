@@ -1,6 +1,6 @@
 """What an image goes through before a frozen network looks at it, and back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,16 +17,22 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
     return pixels.movedim(-3, -1).cpu().numpy()
 
 
-def eval_transform(crop_size: int = 224, resize_size: int = 256) -> Callable[[Image.Image], torch.Tensor]:
-    """The shorter side to ``resize_size`` (bicubic, Pillow's antialiasing), centre crop, normalisation.
+def eval_transform(
+    crop_size: int = 224,
+    resize_size: int = 256,
+    interpolation: str = "bicubic",
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Callable[[Image.Image], torch.Tensor]:
+    """The shorter side to ``resize_size`` (Pillow's antialiasing), centre crop, normalisation.
 
     PIL RGB image -> float32 (3, crop_size, crop_size). Bit for bit what DINO eval_knn.py does.
     """
     return transforms.Compose(
         [
-            transforms.Resize(resize_size, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.Resize(resize_size, interpolation=transforms.InterpolationMode(interpolation)),
             transforms.CenterCrop(crop_size),
             transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            transforms.Normalize(mean, std),
         ]
     )

@@ -98,3 +98,14 @@ def seeded_generators(seed: int) -> Iterator[None]:
     finally:
         torch.default_generator.set_state(torch_state)
         random.setstate(random_state)
+
+
+@contextmanager
+def seeded_numpy(seed: int) -> Iterator[None]:
+    """The same for NumPy's global generator, from which timm's augmentation and mixing draw."""
+    state = np.random.get_state()
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)

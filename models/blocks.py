@@ -103,7 +103,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, groups: Groups, reads: Reads | None = None) -> torch.Tensor:
         """All rows out, or only those that are read."""
-        parts = [attend(*qkv) for qkv in self._group_heads(x, groups, reads)]
+        parts = [self.attend(*qkv) for qkv in self._group_heads(x, groups, reads)]
         rows = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in parts]
         rows = torch.cat(rows) if len(rows) > 1 else rows[0]
         return self.proj(rows if reads is None or reads.rows is None else rows.index_select(0, reads.rows))
@@ -111,13 +111,21 @@ class Attention(nn.Module):
     def weights(self, x: torch.Tensor, groups: Groups, queries: int | None = None) -> torch.Tensor:
         """Attention of one group (samples, tokens): (samples, heads, queries or tokens, tokens)."""
         ((q, k, _),) = self._group_heads(x, groups, None if queries is None else Reads([queries]))
-        return attention_weights(q, k)
+        return attention_weights(q, k, self.bias(q))
 
     def forward_with_weights(self, x: torch.Tensor, groups: Groups, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All rows of a group, and the attention (samples, heads, queries, tokens) of its first ``queries`` tokens."""
         ((q, k, v),) = self._group_heads(x, groups, None)
-        rows = attend(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
-        return self.proj(rows), attention_weights(q[:, :, :queries], k)
+        rows = self.attend(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+        read = q[:, :, :queries]
+        return self.proj(rows), attention_weights(read, k, self.bias(read))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attend(q, k, v, self.bias(q))
+
+    def bias(self, q: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the logits of ``q``, the first tokens of their samples; models/finetuned.py has some."""
+        return None
 
     def _group_heads(self, x, groups, reads):
         """q, k, v (samples, heads, tokens, head dim) of every group; with ``reads`` q of the tokens that are read."""

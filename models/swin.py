@@ -356,17 +356,17 @@ def split_draws(draws: np.ndarray | None, groups: Sequence[torch.Tensor]) -> lis
     return np.split(draws, np.cumsum([len(group) for group in groups])[:-1], axis=-1)
 
 
-def swin_tiny(**kwargs) -> SwinTransformer:
-    return SwinTransformer(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), **kwargs)
+def swin_tiny(network: type = SwinTransformer, **kwargs) -> SwinTransformer:
+    return network(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), **kwargs)
 
 
-def swin_small(**kwargs) -> SwinTransformer:
-    return SwinTransformer(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), **kwargs)
+def swin_small(network: type = SwinTransformer, **kwargs) -> SwinTransformer:
+    return network(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), **kwargs)
 
 
-def swin_base(**kwargs) -> SwinTransformer:
-    return SwinTransformer(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), **kwargs)
+def swin_base(network: type = SwinTransformer, **kwargs) -> SwinTransformer:
+    return network(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), **kwargs)
 
 
-def swin_large(**kwargs) -> SwinTransformer:
-    return SwinTransformer(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), **kwargs)
+def swin_large(network: type = SwinTransformer, **kwargs) -> SwinTransformer:
+    return network(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), **kwargs)

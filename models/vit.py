@@ -80,7 +80,8 @@ class VisionTransformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         if self.register_tokens is not None:
             nn.init.normal_(self.register_tokens, std=1e-6)
@@ -294,22 +295,22 @@ def group_by_size(crops: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.cat(group) if len(group) > 1 else group[0] for group in groups]
 
 
-def vit_micro(**kwargs) -> VisionTransformer:
+def vit_micro(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
     """Small enough to learn something on a laptop's processor; nobody published it."""
-    return VisionTransformer(embed_dim=128, depth=4, num_heads=4, **kwargs)
+    return network(embed_dim=128, depth=4, num_heads=4, **kwargs)
 
 
-def vit_tiny(**kwargs) -> VisionTransformer:
-    return VisionTransformer(embed_dim=192, depth=12, num_heads=3, **kwargs)
+def vit_tiny(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
+    return network(embed_dim=192, depth=12, num_heads=3, **kwargs)
 
 
-def vit_small(**kwargs) -> VisionTransformer:
-    return VisionTransformer(embed_dim=384, depth=12, num_heads=6, **kwargs)
+def vit_small(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
+    return network(embed_dim=384, depth=12, num_heads=6, **kwargs)
 
 
-def vit_base(**kwargs) -> VisionTransformer:
-    return VisionTransformer(embed_dim=768, depth=12, num_heads=12, **kwargs)
+def vit_base(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
+    return network(embed_dim=768, depth=12, num_heads=12, **kwargs)
 
 
-def vit_large(**kwargs) -> VisionTransformer:
-    return VisionTransformer(embed_dim=1024, depth=24, num_heads=16, **kwargs)
+def vit_large(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
+    return network(embed_dim=1024, depth=24, num_heads=16, **kwargs)

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 import visualize_attention
+from eval_finetuning import extract_backbone_weights_for_finetuning as extract
 from eval_knn import eval_knn
 from eval_linear import eval_linear
+from finetune_options import get_args_parser as finetune_parser
 from training.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
-EVALUATIONS = ("eval_knn/README.md", "eval_linear/README.md")
+EVALUATIONS = ("eval_finetuning/README.md", "eval_knn/README.md", "eval_linear/README.md")
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", *EVALUATIONS, "benchmarks/RESULTS.md")]
 WRITTEN_BY_A_RUN = {"log.txt"}
 
@@ -42,6 +44,10 @@ def test_a_documented_command_parses(document, command):
         "scripts/slurm_pretrain.sh": parse_options,
         "eval_knn/eval_knn.py": lambda argv: eval_knn.get_args_parser().parse_args(argv),
         "eval_linear/eval_linear.py": lambda argv: eval_linear.get_args_parser().parse_args(argv),
+        "eval_finetuning/eval_finetuning.py": lambda argv: finetune_parser().parse_args(argv),
+        "eval_finetuning/extract_backbone_weights_for_finetuning.py": lambda argv: extract.paths(
+            extract.get_args_parser().parse_args(argv)
+        ),
         "visualize_attention.py": lambda argv: visualize_attention.get_args_parser().parse_args(argv),
         "models.checkpoints": lambda argv: None,
         "check_parity.py": lambda argv: None,

@@ -1,0 +1,133 @@
+"""The options of fine-tuning, with the names and defaults of iBOT's and UDI's scripts, and what cannot work."""
+
+import argparse
+import math
+from pathlib import Path
+
+from data.datasets import check_subset
+from evaluation import add_process_arguments
+from training.precision import PRECISIONS
+from utils import Parser, UsageError, check_writable
+
+
+def get_args_parser() -> Parser:
+    parser = Parser(prog="eval_finetuning.py", description="Fine-tune a network with labels.")
+    _add_network(parser.add_argument_group("network").add_argument)
+    _add_optimisation(parser.add_argument_group("optimisation").add_argument)
+    _add_augmentation(parser.add_argument_group("augmentation").add_argument)
+    _add_data_and_results(parser.add_argument_group("data and results").add_argument)
+    add_process_arguments(parser.add_argument_group("processes"))
+    return parser
+
+
+def _add_network(add) -> None:
+    add("--finetune", default="", metavar="FILE", help="checkpoint of any known layout; left out: from scratch")
+    add("--checkpoint_key", default="teacher", help="which of a training checkpoint's networks to start from")
+    add("--model_key", default="model|module", help="where else the weights may stand")
+    add("--model", "--arch", default=None, help="architecture; left out: the file's own, else vit_small")
+    add("--patch_size", default=None, type=int, help="left out: the file's own, else 16 (Swin: 4)")
+    add("--window_size", default=None, type=int, help="of a Swin; left out: the file's own, else 7")
+    add("--input_size", default=None, type=int, help="pixels; left out: the file's global_crops_size, else 224")
+    add("--rel_pos_bias", action="store_true", default=True, help="a bias by relative position, per block")
+    add("--disable_rel_pos_bias", action="store_false", dest="rel_pos_bias", help="without it")
+    add("--abs_pos_emb", action="store_true", help="the file's positions")
+    add("--layer_scale_init_value", default=0.1, type=float, help="0: no LayerScale")
+    add("--use_mean_pooling", action="store_true", default=True, help="the head reads fc_norm of the mean patch")
+    add("--use_cls", action="store_false", dest="use_mean_pooling", help="the head reads the class token")
+    add("--init_scale", default=0.001, type=float, help="times the head's initial weights")
+    add("--drop", default=0.0, type=float, help="dropout of tokens and of what a block adds")
+    add("--attn_drop_rate", default=0.0, type=float, help="dropout of attention")
+    add("--drop_path", default=0.1, type=float, help="stochastic depth of the last block")
+
+
+def _add_optimisation(add) -> None:
+    add("--batch_size", "--batch_size_per_gpu", dest="batch_size_per_gpu", default=128, type=int,
+        help="images per process and pass")  # fmt: skip
+    add("--update_freq", default=1, type=int, help="passes per step")
+    add("--epochs", default=100, type=int, help="of training")
+    add("--opt", default="adamw", choices=["adamw"], help="the one optimiser")
+    add("--opt_eps", default=1e-8, type=float, help="of AdamW")
+    add("--opt_betas", default=None, type=float, nargs=2, help="of AdamW; left out: 0.9 0.999")
+    add("--clip_grad", default=None, type=float, help="norm of the whole gradient; left out: not clipped")
+    add("--lr", default=4e-3, type=float, help="of the head; it is NOT scaled with the batch")
+    add("--layer_decay", default=0.9, type=float, help="times the rate, for every layer below the head")
+    add("--min_lr", default=1e-6, type=float, help="at the end of the cosine")
+    add("--warmup_epochs", default=20, type=int, help="of linear warm-up from 0")
+    add("--warmup_steps", default=-1, type=int, help="instead of --warmup_epochs")
+    add("--weight_decay", default=0.05, type=float, help="of matrices")
+    add("--weight_decay_end", default=None, type=float, help="at the end of a cosine; left out: the same")
+    add("--disable_weight_decay_on_rel_pos_bias", action="store_true", help="bias tables are not decayed")
+    add("--model_ema", action="store_true", help="keep an average of the weights in the checkpoints")
+    add("--model_ema_decay", default=0.9999, type=float, help="of that average")
+    add("--model_ema_force_cpu", action="store_true", help="keep it in the processor's memory")
+    add("--precision", default="auto", choices=["auto", *PRECISIONS], help="auto: bf16 where the hardware has it")
+    add("--seed", default=0, type=int, help="of the head, order of the images, augmentation, stochastic depth")
+
+
+def _add_augmentation(add) -> None:
+    add("--color_jitter", default=0.4, type=float, help="where there is no --aa")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's policy; none: without")
+    add("--smoothing", default=0.1, type=float, help="of labels")
+    modes = ["bicubic", "bilinear", "random"]
+    add("--train_interpolation", default="bicubic", choices=modes, help="of training crops")
+    add("--reprob", default=0.25, type=float, help="share of the images of which a part is erased")
+    add("--remode", default="pixel", choices=["pixel", "rand", "const"], help="what is painted there")
+    add("--recount", default=1, type=int, help="how many parts at most")
+    add("--mixup", default=0.0, type=float, help="alpha of mixup; 0: without")
+    add("--cutmix", default=0.0, type=float, help="alpha of CutMix; 0: without")
+    add("--cutmix_minmax", default=None, type=float, nargs=2, help="share of the sides, instead of --cutmix")
+    add("--mixup_prob", default=1.0, type=float, help="of mixing at all")
+    add("--mixup_switch_prob", default=0.5, type=float, help="of CutMix where both are on")
+    add("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="what shares one draw")
+    add("--crop_pct", default=None, type=float, help="of a test image; left out: 224/256, from 384 pixels on 1")
+    add("--imagenet_default_mean_and_std", action="store_true", help="left out: 0.5 and 0.5")
+
+
+def _add_data_and_results(add) -> None:
+    add("--data_path", default=None, help="folder with train/ and val/; left out: tiles of the bundled photographs")
+    add("--eval_data_path", default=None, help="the test images, where they are elsewhere")
+    add("--data_set", default="IMNET", choices=["IMNET", "image_folder"], help="accepted; the folders tell")
+    add("--nb_classes", default=None, type=int, help="left out: those of the training images")
+    add("--subset", default=None, type=int, help="training images per class; left out or -1: all")
+    add("--num_workers", default=10, type=int, help="processes that decode images, per process")
+    add("--output_dir", default=".", help="for log.txt, checkpoints and eval_finetuning.json")
+    add("--log_dir", default=None, help="for TensorBoard; left out: tensorboard/ in --output_dir")
+    add("--save_ckpt_freq", default=50, type=int, help="percent of --epochs between numbered checkpoints")
+    add("--resume", default="", metavar="FILE", help="continue this run")
+    add("--auto_resume", action="store_true", default=True, help="continue the run in --output_dir (the default)")
+    add("--no_auto_resume", action="store_false", dest="auto_resume", help="begin anew, and replace it")
+    add("--eval", action="store_true", help="train nothing, test --resume or the best of --output_dir")
+    add("--dist_eval", action="store_true", help="accepted: test images are always shared, each counts once")
+    add("--disable_eval_during_finetuning", action="store_true", help="test after the last epoch only")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UsageError for values that cannot work, before anything is read."""
+    check_subset(args.subset)
+    at_least_one = ("batch_size_per_gpu", "update_freq", "epochs", "save_ckpt_freq", "recount", "input_size")
+    for name in (*at_least_one, "patch_size", "window_size", "nb_classes"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.removesuffix('_per_gpu')} {value}: must be at least 1")
+    for name in ("drop", "attn_drop_rate", "drop_path", "smoothing", "model_ema_decay"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name):g}: must be at least 0 and below 1")
+    for name in ("reprob", "mixup_prob", "mixup_switch_prob"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UsageError(f"--{name} {getattr(args, name):g}: must be between 0 and 1")
+    free = ("mixup", "cutmix", "weight_decay", "weight_decay_end", "min_lr", "layer_scale_init_value", "warmup_epochs")
+    for name in (*free, "num_workers", "color_jitter"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f"--{name} {value:g}: must not be negative")
+    for name in ("lr", "layer_decay", "init_scale", "opt_eps", "clip_grad", "crop_pct"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name} {value:g}: must be positive")
+    if (args.crop_pct or 1) > 1 or args.layer_decay > 1:
+        raise UsageError(f"--crop_pct {args.crop_pct} --layer_decay {args.layer_decay:g}: neither may be above 1")
+    if args.warmup_steps <= 0 and args.warmup_epochs > args.epochs and not args.eval:
+        raise UsageError(f"--warmup_epochs {args.warmup_epochs}: longer than --epochs {args.epochs}; lower it")
+    if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size_per_gpu % 2:
+        raise UsageError(f"--batch_size {args.batch_size_per_gpu}: images are mixed in pairs, so it has to be even")
+    check_writable(Path(args.output_dir))
