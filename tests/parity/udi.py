@@ -12,6 +12,7 @@ from methods.base import Clock
 from methods.heads import DINOHead
 from methods.srs import SampledBackbone
 from methods.udi import UDI, UDINetwork, teacher_places
+from models.adapt import select_class_tokens
 from models.checkpoints import load_tensors, read_backbone
 from models.vit import VisionTransformer
 from tests.parity import Case
@@ -413,14 +414,24 @@ def checkpoint_eval_features(case: Case) -> Iterator[tuple]:
         attention = model.get_last_selfattention(large[: len(case.arrays["attn_cls"])], queries=2)[:, :, :, 2:]
         yield f"attn_cls of {name}", attention[:, :, 0], case.arrays["attn_cls"]
         yield f"attn_cls_plus of {name}", attention[:, :, 1], case.arrays["attn_cls_plus"]
+        state, info = read_backbone(case.folder / name, "teacher")
+        single = select_class_tokens(state, 1)
+        yield f"finetune_cls_token of {name}", single["cls_token"], case.arrays["finetune_cls_token"]
+        yield f"finetune_pos_embed of {name}", single["pos_embed"], case.arrays["finetune_pos_embed"]
+        model = small_vit(case, 1)
+        load_tensors(model, single, info)
+        yield f"one_cls_knn of {name}", class_token(model, images), case.arrays["one_cls_knn"]
+        yield f"one_cls_linear_n2 of {name}", Feature(2)(model, images), case.arrays["one_cls_linear_n2"]
+
+
+def small_vit(case: Case, class_tokens: int) -> VisionTransformer:
+    sizes = {name: case.params[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+    return VisionTransformer(**sizes, num_class_tokens=class_tokens).to(case.dtype).eval()
 
 
 def model_of(case: Case, file: str, key: str) -> VisionTransformer:
-    p = case.params
-    vit = VisionTransformer(
-        **{name: p[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}, num_class_tokens=2
-    )
-    load_tensors(vit.to(case.dtype).eval(), *read_backbone(case.folder / file, key))
+    vit = small_vit(case, 2)
+    load_tensors(vit, *read_backbone(case.folder / file, key))
     return vit
 
 
