@@ -26,6 +26,7 @@ def online(data_path=None, knn_data=None, backbone=None, **options) -> OnlineKNN
         "nb_knn": [10, 20],
         "n_last_blocks": 1,
         "avgpool_patchtokens": "0",
+        "class_token": "cls",
         "knn_temperature": 0.07,
         "use_cuda": True,
         "global_crops_size": 32,
