@@ -24,11 +24,13 @@ FINAL = "checkpoint.pth"
 def tune(monkeypatch, tmp_path, capsys):
     """Run the script in this process on stripes: (exit code, standard output, standard error)."""
 
-    def run(*arguments: object, out: str = "out", epochs: int = 2, **stripes) -> tuple[int, str, str]:
+    def run(*arguments: object, out: str = "out", epochs: int = 2, bad: tuple[int, ...] = ()) -> tuple[int, str, str]:
         monkeypatch.setattr(
             evaluation,
             "open_source",
-            lambda path, subset=None, split="train", start=0: Stripes(6, 6, int(split != "train"), **stripes),
+            lambda path, subset=None, split="train", start=0: Stripes(
+                6, 6, int(split != "train"), bad=bad * (split == "train")
+            ),
         )
         options = ["--device", "cpu", "--precision", "fp32", "--num_workers", 0, "--input_size", 32, "--batch_size", 8]
         options += ["--epochs", epochs, "--warmup_epochs", 1, "--output_dir", tmp_path / out, *arguments]
@@ -131,9 +133,11 @@ def test_another_run_in_the_same_folder_is_refused_with_every_difference(tune, t
     assert tune(*options, "--lr", 0.001, "--no_auto_resume", epochs=1)[0] == 0
 
 
-def test_unreadable_images_are_replaced_and_counted(tune, tmp_path):
-    code, said, error = tune("--model", "vit_micro", "--patch_size", 8, epochs=1)
+def test_from_scratch_is_said_loudly_and_an_unreadable_image_is_replaced_and_counted(tune):
+    code, said, error = tune("--model", "vit_micro", "--patch_size", 8, "--batch_size", 36, epochs=2, bad=(3,))
     assert code == 0 and "TRAINED FROM SCRATCH" in said, error
+    assert said.count("stripes/3.png: cut off in the middle") == 1
+    assert said.count("could not be read and another one took its place") == 2
 
 
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tune, tmp_path):
