@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from data.datasets import Source, check_subset, open_source
 from features import CLASS_TOKENS, CLS, INTERLEAVED, MEAN, OUTPUT, POOLINGS, Feature, labels_of
 from models import ALIASES, build_backbone, is_swin, is_vision_transformer
 from models.checkpoints import Network, network_from_file
-from utils import BACKENDS, UsageError, check_writable, log, make_folder, save_atomically
+from utils import BACKENDS, UsageError, check_writable, log, make_folder, save_atomically, save_torch
 
 
 def add_network_arguments(parser: argparse._ActionsContainer) -> None:
@@ -212,3 +212,44 @@ def write_result(
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir}: {path.name} cannot be written: {error}") from error
     return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluations that train: written epoch by epoch, and continued
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_run(folder: Path, lines: Sequence[dict], file: dict, names: Sequence[str]) -> None:
+    """log.txt with ``lines``, then ``file`` under every one of ``names``, what is continued last: a run that dies in
+    between repeats the epoch. Raises UsageError when the disk does not take it.
+    """
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    try:
+        save_atomically(folder / "log.txt", lambda temporary: temporary.write_text(text))
+        for name in names:
+            save_torch(file, folder / name)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder}: cannot save ({error.strerror or error}); free some space") from None
+
+
+def log_before(folder: Path, epoch: int) -> list[dict]:
+    """The lines of log.txt that are of epochs before ``epoch``."""
+    path = folder / "log.txt"
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return [line for line in lines if line["epoch"] < epoch]
+
+
+def refuse_another_run(path: Path, theirs: dict, ours: dict, said: Mapping[str, str] | None = None) -> None:
+    """Raise UsageError, naming every difference, unless ``path`` belongs to a run with our options.
+
+    ``said``: what to say of options whose values would fill pages.
+    """
+    differences = [
+        (said or {}).get(name, f"{name}: {theirs.get(name)} there, {value} here")
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    ]
+    if differences:
+        raise UsageError(
+            f"{path} belongs to another run ({'; '.join(differences)}); choose another --output_dir, or move it away"
+        )

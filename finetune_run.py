@@ -4,7 +4,6 @@ It stands here because a script hides the package of its own name when it is sta
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,16 +15,15 @@ import torch.nn as nn
 from data.datasets import Source, open_source, training_path
 from data.finetune_views import FinetuneViews
 from data.preprocess import MEAN, STD, eval_transform
-from evaluation import common_labels, open_train_and_test, write_result
+from evaluation import common_labels, log_before, open_train_and_test, refuse_another_run, save_run, write_result
 from features import weights_hash
 from finetune_steps import Stepper
-from linear_run import refuse_another_run
 from models import ALIASES, is_swin, is_vision_transformer
 from models.adapt import load_to_finetune
 from models.checkpoints import Network, choose_architecture, read_backbone
 from models.finetuned import build_finetuned
 from models.safe_load import load_file
-from utils import UsageError, World, barrier, log, make_folder, save_atomically, save_torch
+from utils import UsageError, World, barrier, log, make_folder
 
 LATEST, BEST = "checkpoint.pth", "checkpoint-best.pth"
 
@@ -193,7 +191,7 @@ def options_of_trajectory(run: Run) -> dict:
 
 def save(run: Run, epoch: int, lines: list[dict], is_best: bool) -> None:
     """log.txt, the numbered and the best checkpoint where it is time, and what the run is continued from, in order."""
-    args, folder = run.args, Path(run.args.output_dir)
+    args = run.args
     if run.world.rank == 0:
         file = {
             "model": run.network.model.state_dict(),
@@ -214,15 +212,7 @@ def save(run: Run, epoch: int, lines: list[dict], is_best: bool) -> None:
         every = max(1, int(args.save_ckpt_freq * args.epochs / 100))
         numbered = (epoch + 1) % every == 0 or epoch + 1 == args.epochs
         names = [f"checkpoint-{epoch}.pth"] * numbered + [BEST] * is_best + [LATEST]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        try:
-            save_atomically(folder / "log.txt", lambda temporary: temporary.write_text(text))
-            for name in names:
-                save_torch(file, folder / name)
-        except OSError as error:
-            raise UsageError(
-                f"--output_dir {folder}: cannot save ({error.strerror or error}); free some space"
-            ) from None
+        save_run(Path(args.output_dir), lines, file, names)
     barrier()
 
 
@@ -248,8 +238,7 @@ def resume(run: Run) -> tuple[int, list[dict]]:
     run.best, run.last = file["tutelage"]["best"], file["tutelage"]["last"]
     start = file["epoch"] + 1
     log.info(f"continuing {path} at epoch {start} of {args.epochs}")
-    written = (folder / "log.txt").read_text().splitlines() if (folder / "log.txt").exists() else []
-    return start, [line for line in map(json.loads, written) if line["epoch"] < start]
+    return start, log_before(folder, start)
 
 
 def load_to_test(run: Run) -> Path:

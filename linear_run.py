@@ -4,21 +4,29 @@ It stands here because a script hides the package of its own name when it is sta
 """
 
 import argparse
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evaluation import common_labels, crop_and_resize, open_train_and_test, write_result
+from evaluation import (
+    common_labels,
+    crop_and_resize,
+    log_before,
+    open_train_and_test,
+    refuse_another_run,
+    save_run,
+    write_result,
+)
 from features import CLS, Feature, weights_hash
 from linear_heads import Probe, Recipe, best_head, cosine_factor, restore_heads, saved_heads
 from models.checkpoints import Network
 from models.safe_load import load_file
-from utils import UsageError, World, barrier, log, save_atomically, save_torch
+from utils import UsageError, World, barrier, log
 
 SWEEP_LRS = [digit * 10.0**exponent for exponent in range(-4, 1) for digit in range(1, 10)]
 SWEEP_DECAYS, SWEEP_OPTIMIZERS = (0.0, 1e-6), ("sgd", "lars")
 LATEST = "checkpoint.pth.tar"
+OTHER_HEADS = {"heads": "other heads (--lr, --n_last_blocks, --avgpool_patchtokens, ...)"}
 
 
 def sweep_recipes(lr_only: bool) -> list[Recipe]:
@@ -131,15 +139,7 @@ def save(run: Run, epoch: int, lines: list[dict], is_best: bool) -> None:
             file |= {"best_acc_hidx": run.best["head"], "best_acc_sweep_lr_only": run.best_acc_sweep_lr_only}
         names = ("best", "best_acc_sweep_lr_only", "peaks", "heads")
         file["tutelage"] = {"options": options_of_trajectory(run), **{name: getattr(run, name) for name in names}}
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        try:
-            save_atomically(folder / "log.txt", lambda temporary: temporary.write_text(text))
-            for path in [best_path(run.args)] * is_best + [folder / LATEST]:
-                save_torch(file, path)
-        except OSError as error:
-            raise UsageError(
-                f"--output_dir {folder}: cannot save ({error.strerror or error}); free some space"
-            ) from None
+        save_run(folder, lines, file, [best_path(run.args).name] * is_best + [LATEST])
     barrier()
 
 
@@ -154,7 +154,7 @@ def resume(run: Run) -> tuple[int, list[dict]]:
         return 0, []
     file = load_file(path)
     if record := file.get("tutelage"):
-        refuse_another_run(path, record["options"], options_of_trajectory(run))
+        refuse_another_run(path, record["options"], options_of_trajectory(run), OTHER_HEADS)
         run.best, run.peaks = record["best"], record["peaks"]
         run.best_acc_sweep_lr_only = record["best_acc_sweep_lr_only"]
     else:
@@ -165,23 +165,7 @@ def resume(run: Run) -> tuple[int, list[dict]]:
         run.best_acc_sweep_lr_only = file.get("best_acc_sweep_lr_only", 0.0)
         run.peaks = [file["best_acc"] * (head == run.best["head"]) for head in range(len(run.probe))]
     log.info(f"continuing {path} at epoch {epoch} of {run.args.epochs}")
-    written = (folder / "log.txt").read_text().splitlines() if (folder / "log.txt").exists() else []
-    return epoch, [line for line in map(json.loads, written) if line["epoch"] < epoch]
-
-
-def refuse_another_run(path: Path, theirs: dict, ours: dict) -> None:
-    differences = []
-    for name in ours:
-        if theirs.get(name) == ours[name]:
-            continue
-        different = f"{name}: {theirs.get(name)} there, {ours[name]} here"
-        differences.append(
-            "other heads (--lr, --n_last_blocks, --avgpool_patchtokens, ...)" if name == "heads" else different
-        )
-    if differences:
-        raise UsageError(
-            f"{path} belongs to another run ({'; '.join(differences)}); choose another --output_dir, or move it away"
-        )
+    return epoch, log_before(folder, epoch)
 
 
 def report(run: Run) -> None:
