@@ -109,11 +109,6 @@ def pool_tokens(
     return torch.cat({CLASS: classes, MEAN: [mean], BOTH: [*classes, mean]}[feature.avgpool], dim=1)
 
 
-def block_class_tokens(model: nn.Module, images: torch.Tensor, n_last_blocks: int = 4) -> torch.Tensor:
-    """Class tokens of the last blocks, oldest first, each through the final norm: (batch, n_last_blocks * dim)."""
-    return Feature(n_last_blocks)(model, images)
-
-
 def multiscale_class_token(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Mean class token over the scales 1, 1/sqrt(2) and 1/2, for retrieval: (batch, dim).
 

@@ -109,11 +109,6 @@ def _summary(value) -> str:
     return str(value) if isinstance(value, (int, float, str)) else type(value).__name__
 
 
-def checkpoint_arguments(path: str | Path) -> dict:
-    """The options of the training run that wrote ``path``; {} where the file does not record them."""
-    return dict(recorded_arguments(load_file(path, mapped=True)))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading a network, and saying what matched
 # ---------------------------------------------------------------------------------------------------------------------

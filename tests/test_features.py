@@ -14,7 +14,6 @@ from features import (
     POOLINGS,
     Feature,
     FeatureCache,
-    block_class_tokens,
     class_token,
     evaluating,
     extract_features,
@@ -84,7 +83,7 @@ def test_a_plain_function_of_images_will_do_and_so_will_another_feature():
     pixels, _ = extract(lambda images: images.flatten(1), source)
     assert pixels.shape == (6, 3 * 32 * 32)
     model = small()
-    two, _ = extract(model, source, feature=lambda m, x: block_class_tokens(m, x, 2))
+    two, _ = extract(model, source, feature=Feature(2))
     assert two.shape == (6, 24)
     torch.testing.assert_close(two[:, 12:], extract(model, source)[0], rtol=1e-5, atol=1e-6)
 

@@ -12,7 +12,6 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 
 from models import SWINS, build_backbone, swin, vit
 from models.checkpoints import (
-    checkpoint_arguments,
     choose_tensors,
     load_backbone,
     load_tensors,
@@ -20,7 +19,15 @@ from models.checkpoints import (
     network_from_file,
     read_backbone,
 )
-from models.layouts import NAME_OF_SHAPE, SWIN_OF_SHAPE, describe, swin_arguments, to_timm, vit_arguments
+from models.layouts import (
+    NAME_OF_SHAPE,
+    SWIN_OF_SHAPE,
+    describe,
+    recorded_arguments,
+    swin_arguments,
+    to_timm,
+    vit_arguments,
+)
 from models.safe_load import CheckpointError, load_file
 from models.vit import VisionTransformer
 from utils import UsageError, run_cli
@@ -120,10 +127,12 @@ def test_the_student_is_another_network_than_the_teacher_and_its_mask_token_is_l
 
 def test_training_arguments_are_read_from_a_namespace_and_from_a_dict():
     for name in ("checkpoint_full.pth", "checkpoint_plain.pth"):
-        arguments = checkpoint_arguments(GOLDEN / "dino" / name)
+        arguments = recorded_arguments(load_file(GOLDEN / "dino" / name))
         assert (arguments["arch"], arguments["patch_size"], arguments["local_crops_number"]) == ("vit_small", 8, 8)
-    assert checkpoint_arguments(GOLDEN / "dino" / "backbone_only.pth") == {}
-    assert len(checkpoint_arguments(GOLDEN / "unic" / "checkpoint_namespace.pth")["lr_schedule"]) > 1  # a NumPy array
+    assert recorded_arguments(load_file(GOLDEN / "dino" / "backbone_only.pth")) == {}
+    assert (
+        len(recorded_arguments(load_file(GOLDEN / "unic" / "checkpoint_namespace.pth"))["lr_schedule"]) > 1
+    )  # a NumPy array
 
 
 # ---- layouts without a golden file ----------------------------------------------------------------------------------

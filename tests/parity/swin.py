@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from features import block_class_tokens
+from features import Feature
 from methods.heads import DINOHead
 from methods.multicrop import MultiCropNetwork
 from models import build_backbone
@@ -115,7 +115,7 @@ def esvit_forward(case: Case) -> Iterator[tuple]:
             kind = label.removesuffix(f"_{size}")
             if kind.startswith("nlast"):
                 with torch.no_grad():
-                    value = block_class_tokens(swin, esvit_images(case, size), int(kind.removeprefix("nlast")))
+                    value = Feature(int(kind.removeprefix("nlast")))(swin, esvit_images(case, size))
             else:
                 value = computed[kind]
             yield label, value, case.arrays[label]
@@ -188,7 +188,7 @@ def esvit_checkpoint_features(case: Case) -> Iterator[tuple]:
                 images = (case.tensor(f"u8_{size}").to(case.dtype) - 128) / 64
                 with torch.no_grad():
                     if kind.startswith("nlast"):
-                        feature = block_class_tokens(swin, images, int(kind.removeprefix("nlast")))
+                        feature = Feature(int(kind.removeprefix("nlast")))(swin, images)
                     else:
                         feature = swin(images)
                 if kind == "knn_normalised":
