@@ -42,7 +42,7 @@ class UDIViews:
         "target_index"   (2, points, 4) int64                  tokens of the target around the place
         "target_weight"  (2, points, 4) float32                their bilinear weights
         "valid"          (2,) int64                            number of valid points
-        "local_index", "local_weight", "local_valid"           the same of every local crop, (local crops, 2, ...)
+        "local_source", "local_index", "local_weight", "local_valid"     the same of local crops, (local crops, 2, ...)
 
     The latter are absent without local crops. ``augment``: "fast" wants arrays (height, width, 3) uint8, "pil" Pillow
     images. Both make the same decisions for a key and carry them out in their own way.
@@ -93,8 +93,8 @@ class UDIViews:
         names = ("source", "target_index", "target_weight", "valid")
         sample |= {name: torch.from_numpy(part) for name, part in zip(names, between, strict=True)}
         if local is not None:
-            names = ("local_index", "local_weight", "local_valid")
-            sample |= {name: torch.from_numpy(part) for name, part in zip(names, local[1:], strict=True)}
+            names = ("local_source", "local_index", "local_weight", "local_valid")
+            sample |= {name: torch.from_numpy(part) for name, part in zip(names, local, strict=True)}
         return sample
 
     def draw(self, key: tuple[int, ...], height: int, width: int) -> tuple[list[Crop], np.ndarray]:

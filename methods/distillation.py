@@ -11,6 +11,9 @@ It is linear in the teacher: with Q_v the sum of the p_i paired with view v and 
 so one pass per student view is enough and no log-probability is stored. Everything is computed in float32 or better.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -42,27 +45,39 @@ def cross_view_targets(probs: torch.Tensor, num_views: int) -> tuple[torch.Tenso
     return torch.cat(blocks), rows.flatten(), mass.expand(-1, batch).flatten()
 
 
-def prototype_cross_entropy(
-    z: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    target_rows: torch.Tensor,
-    row_weight: torch.Tensor | float,
-    mass: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
-    """sum_r row_weight_r * (mass_r * logsumexp(s_r) - <targets[target_rows_r], s_r>),  s = z weight^T / temperature.
+class Targets(NamedTuple):
+    """What consecutive student rows are compared with.
 
-    Shapes     z (rows, dim); weight (prototypes, dim); targets (sources, prototypes), no gradient;
-               target_rows (rows,) int64; mass (rows,), the sum of each row's target; row_weight (rows,) or a number
-    Returns    a scalar in nats, float32 or better
-    Exactness  equals ``soft_cross_entropy`` of the materialised logits up to rounding, gradients included; at most
-               ``CHUNK_ELEMENTS`` logits exist at a time and none are kept for the backward pass
+    Shapes     probs (sources, prototypes), no gradient; source (rows,) int64, the one of every row; mass (rows,), the
+               sum of every row's target; row_weight (rows,) or a number
     """
-    if not isinstance(row_weight, torch.Tensor):
-        row_weight = mass.new_full((), row_weight)  # filled on the device: a copy from the host would wait for it
-    row_weight = row_weight.expand_as(mass)
-    return _PrototypeCrossEntropy.apply(z, weight, targets, target_rows, row_weight, mass, temperature)
+
+    probs: torch.Tensor
+    source: torch.Tensor
+    mass: torch.Tensor
+    row_weight: torch.Tensor | float
+    share: float = 1.0
+
+
+def prototype_cross_entropy(
+    z: torch.Tensor, weight: torch.Tensor, targets: list[Targets], temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What every group of rows loses, and the sum of these, each times its share:
+
+    sum_r row_weight_r * (mass_r * logsumexp(s_r) - <probs[source_r], s_r>),  s = z weight^T / temperature
+
+    Shapes     z (rows, dim), the rows of the first group first; weight (prototypes, dim)
+    Returns    the sum, and the groups' losses (groups,) without a gradient; nats, float32 or better
+    Exactness  equals ``soft_cross_entropy`` of the materialised logits up to rounding, gradients included; at most
+               ``CHUNK_ELEMENTS`` logits exist at a time and none are kept for the backward pass. All groups share one
+               gradient of the prototypes, which is as large as they are
+    """
+    groups = [
+        # filled on the device: a copy of a number from the host would wait for it
+        group._replace(row_weight=torch.ones_like(group.mass) * group.row_weight)
+        for group in targets
+    ]
+    return _PrototypeCrossEntropy.apply(z, weight, groups, temperature)
 
 
 def cross_view_loss(z: torch.Tensor, weight: torch.Tensor, probs: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -77,7 +92,7 @@ def cross_view_loss(z: torch.Tensor, weight: torch.Tensor, probs: torch.Tensor, 
     num_views = z.shape[0] // batch
     pairs = teacher_views * (num_views - 1)
     targets, rows, mass = cross_view_targets(probs, num_views)
-    return prototype_cross_entropy(z, weight, targets, rows, 1.0 / (pairs * batch), mass, temperature)
+    return prototype_cross_entropy(z, weight, [Targets(targets, rows, mass, 1.0 / (pairs * batch))], temperature)[0]
 
 
 def masked_patch_loss(
@@ -94,34 +109,36 @@ def masked_patch_loss(
     per_image = masks.sum(dim=1).clamp(min=1).to(probs.dtype) * images
     row_weight = 1.0 / per_image[masked.div(patches, rounding_mode="floor")]
     rows = torch.arange(len(masked), device=z.device)
-    return prototype_cross_entropy(z, weight, probs, rows, row_weight, torch.ones_like(row_weight), temp)
+    return prototype_cross_entropy(z, weight, [Targets(probs, rows, torch.ones_like(row_weight), row_weight)], temp)[0]
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, weight, targets, target_rows, row_weight, mass, temperature):
+    def forward(ctx, z, weight, groups, temperature):
         device = z.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         needs_z, needs_weight = ctx.needs_input_grad[:2]
         accurate = torch.float64 if z.dtype == torch.float64 else torch.float32
         with torch.autocast(device, enabled=False):
             zc, wc = z.to(compute), weight.to(compute)
-            loss = torch.zeros((), dtype=accurate, device=z.device)
+            losses = torch.zeros(len(groups), dtype=accurate, device=z.device)
             grad_z = torch.empty(z.shape, dtype=accurate, device=z.device) if needs_z else None
             grad_weight = torch.zeros_like(weight, dtype=accurate) if needs_weight and not len(z) else None
             # the largest weight (1 of no rows) is kept out of the products: they stay in the middle of a half's range
-            common = row_weight.max() if len(row_weight) else row_weight.new_ones(())
-            relative = (row_weight / common)[:, None]
-            chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
-            for first in range(0, z.shape[0], chunk):
-                rows = slice(first, first + chunk)
+            shared = torch.cat([group.share * group.row_weight for group in groups])
+            common = shared.max() if len(shared) else shared.new_ones(())
+            relative = (shared / common)[:, None]
+            for number, rows, at in _chunks(groups, max(1, CHUNK_ELEMENTS // weight.shape[0])):
+                group = groups[number]
+                mass = group.mass[at]
                 logits = (zc[rows] @ wc.t()).to(accurate).div_(temperature)
-                target = targets[target_rows[rows]]
+                target = group.probs[group.source[at]]
                 lse = logits.logsumexp(dim=1)
-                loss += (row_weight[rows] * (mass[rows] * lse - torch.linalg.vecdot(target, logits))).sum()
+                lost = mass * lse - torch.linalg.vecdot(target, logits)
+                losses[number] += (group.row_weight[at] * lost).sum()
                 if not (needs_z or needs_weight):
                     continue
-                grad = logits.sub_(lse[:, None]).exp_().mul_(mass[rows, None]).sub_(target)
+                grad = logits.sub_(lse[:, None]).exp_().mul_(mass[:, None]).sub_(target)
                 grad = grad.mul_(HEADROOM).to(compute)
                 if needs_z:
                     grad_z[rows] = (grad @ wc).to(accurate) * relative[rows]
@@ -130,11 +147,23 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
                     grad_weight = product if grad_weight is None else grad_weight.add_(product)
         ctx.grads = (grad_z, z.dtype), (grad_weight, weight.dtype)
         ctx.factor = common / (temperature * HEADROOM)
-        return loss
+        ctx.mark_non_differentiable(losses)
+        return sum(group.share * lost for group, lost in zip(groups, losses, strict=True)), losses
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, _):
         factor = grad_loss * ctx.factor
         grads = [None if grad is None else grad.mul_(factor).to(dtype) for grad, dtype in ctx.grads]
         del ctx.grads  # they were formed in place: a second backward pass has nothing to start from
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None)
+
+
+def _chunks(groups: list[Targets], size: int) -> Iterator[tuple[int, slice, slice]]:
+    """Runs of at most ``size`` rows of one group: its number, the run among all rows, and among the group's."""
+    start = 0
+    for number, group in enumerate(groups):
+        count = len(group.mass)
+        for first in range(0, count, size):
+            last = min(first + size, count)
+            yield number, slice(start + first, start + last), slice(first, last)
+        start += count

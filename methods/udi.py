@@ -26,7 +26,7 @@ import torch.nn as nn
 from data.udi_views import UDIViews
 from methods.base import Clock, backbone_arguments
 from methods.centring import LevelCentre
-from methods.distillation import prototype_cross_entropy, teacher_probabilities
+from methods.distillation import Targets, prototype_cross_entropy, teacher_probabilities
 from methods.heads import DINOHead
 from methods.multicrop import add_crop_arguments, check_crop_arguments
 from methods.srs import SampledBackbone
@@ -241,30 +241,30 @@ class UDI(PrototypeMethod):
         return dict(zip(names, z.split([len(row) for row in rows]), strict=True))
 
     def losses(self, vectors: dict, targets: dict, local_crops: int) -> dict[str, torch.Tensor]:
-        weight, temp = self.student.head[0].last_layer.weight(), self.student_temp
-        rows = len(targets["cls"])
-        batch, found, levels = rows // 2, {}, []
+        """``vectors`` as ``bottleneck_vectors`` gives them, ``targets`` as ``targets_of`` does."""
+        rows, prototypes = targets["cls"].shape
+        levels = len(vectors)
+        groups = {}
 
-        def entropy(z, probs, mass, weights):
-            at = torch.arange(len(z), device=z.device) % max(1, len(probs))
-            return prototype_cross_entropy(z, weight, probs, at, weights, probs.new_full((len(z),), mass), temp)
+        def compare(name: str, count: int, probs: torch.Tensor, mass: float, share: float) -> None:
+            source = torch.arange(count, device=probs.device) % max(1, len(probs))
+            each = 1.0 / max(1, mass * count)
+            groups[name] = Targets(probs, source, probs.new_full((count,), mass), each, share / levels)
 
         for name, short, local in (("cls", "cl", "cls"), ("cls+", "mcl", "local")):
             if name not in vectors:
                 continue
-            z, z_local = vectors[name][:rows], vectors[name][rows:]
-            level = found[f"g_{short}"] = entropy(z, targets[name], 1.0, 1.0 / rows)
+            compare(f"g_{short}", rows, targets[name], 1.0, 1 / (1 + local_crops))
             if local_crops:
-                pairs = targets[local].view(-1, 2, batch, weight.shape[0]).sum(dim=1).flatten(0, 1)
-                found[f"l_{short}"] = entropy(z_local, pairs, 2.0, 1.0 / (2 * len(z_local)))
-                level = (level + local_crops * found[f"l_{short}"]) / (1 + local_crops)
-            levels.append(level)
+                pairs = targets[local].view(-1, 2, rows // 2, prototypes).sum(dim=1).flatten(0, 1)
+                compare(f"l_{short}", len(vectors[name]) - rows, pairs, 2.0, local_crops / (1 + local_crops))
         if self.include_patch:
-            count = max(1, len(vectors["patch"]))
-            found["g_pch"] = entropy(vectors["patch"], targets["patch"], 1.0, 1.0 / count)
-            levels.append(found["g_pch"])
-        self._seen["loss"] = levels[0].detach()
-        return {"loss": sum(levels) / len(levels), **found}
+            compare("g_pch", len(vectors["patch"]), targets["patch"], 1.0, 1.0)
+        z, weight = torch.cat(list(vectors.values())), self.student.head[0].last_layer.weight()
+        loss, parts = prototype_cross_entropy(z, weight, list(groups.values()), self.student_temp)
+        found = dict(zip(groups, parts, strict=True))
+        self._seen["loss"] = sum(groups[name].share * levels * lost for name, lost in found.items() if name[2:] == "cl")
+        return {"loss": loss, **found}
 
     # ---- looking at it ----------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """A picture of sampled places: where they are in one crop, and where they were found in another."""
 
 import colorsys
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -15,23 +16,28 @@ GAP = 6
 def sampling_picture(batch: dict, patch_size: int, image: int = 0) -> np.ndarray:
     """Crops of one image of ``batch`` (``data.udi_views.UDIViews``) and valid places in them, uint8 (height, width, 3).
 
-    Above: the first global crop with its sampled patches, and the second where these were found, in the same colours.
-    Below: the first local crop, and where its patches were found in the second and the first global crop, white: a
-    batch does not say which patches of a local crop they are.
+    Above: the first global crop with its sampled patches, and the second where these were found.
+    Below: the first local crop with its sampled patches, and the second and the first global crop where these were
+    found. Marks of one colour in a row are one patch of the row's first picture.
     """
-    first, second = crops = [to_pixels(crop[image]) for crop in batch["crops"][:2]]
-    grid = first.shape[0] // patch_size
-    shares = token_shares(batch["source"][image, 0, : batch["valid"][image, 0]].cpu().numpy(), grid)
-    found = places(batch["target_index"][image, 0], batch["target_weight"][image, 0], grid)[: len(shares)]
-    colours = [hue_of(number) for number in range(len(shares))]
-    rows = [[marked(first, shares, colours), marked(second, found, colours)]]
+    first, second = (to_pixels(crop[image]) for crop in batch["crops"][:2])
+    maps = [batch[name][image] for name in ("source", "target_index", "target_weight", "valid")]
+    rows = [row_of(first, [second], [part[:1] for part in maps], patch_size)]
     if "local_index" in batch:
-        local, white = to_pixels(batch["crops"][2][image]), [(255, 255, 255)] * batch["local_index"].shape[3]
-        index, weight, valid = (batch[f"local_{name}"][image, 0] for name in ("index", "weight", "valid"))
-        landed = [places(index[view], weight[view], grid)[: valid[view]] for view in (0, 1)]
-        pairs = zip(crops[::-1], landed, strict=True)
-        rows.append([marked(local, []), *(marked(crop, where, white) for crop, where in pairs)])
+        maps = [batch[f"local_{name}"][image, 0] for name in ("source", "index", "weight", "valid")]
+        rows.append(row_of(to_pixels(batch["crops"][2][image]), [second, first], maps, patch_size))
     return sheet(rows)
+
+
+def row_of(source: np.ndarray, targets: list[np.ndarray], maps: list[torch.Tensor], patch: int) -> list[np.ndarray]:
+    """``source`` with the patches found in any of ``targets``, and these with where. ``maps``: a target's each."""
+    grids, sampled, pictures = [crop.shape[0] // patch for crop in (source, targets[0])], set(), []
+    for crop, tokens, index, weight, valid in zip(targets, *maps, strict=True):
+        tokens = tokens[:valid].tolist()
+        sampled.update(tokens)
+        pictures.append(marked(crop, places(index[:valid], weight[:valid], grids[1]), map(hue_of, tokens)))
+    tokens = sorted(sampled)
+    return [marked(source, token_shares(np.array(tokens, int), grids[0]), map(hue_of, tokens)), *pictures]
 
 
 def token_shares(tokens: np.ndarray, grid: int) -> np.ndarray:
@@ -51,12 +57,12 @@ def hue_of(number: int) -> tuple[int, ...]:
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(number * GOLDEN % 1, 1, 1))
 
 
-def marked(crop: np.ndarray, shares: np.ndarray | list, colours: list | tuple = ()) -> np.ndarray:
+def marked(crop: np.ndarray, shares: np.ndarray, colours: Iterable[tuple[int, ...]]) -> np.ndarray:
     """``crop`` enlarged, with a coloured square in a black frame at every place (rows and columns from 0 to 1)."""
     scale = max(1, SIDE // crop.shape[0])
     picture = crop.repeat(scale, axis=0).repeat(scale, axis=1)
     half = max(2, SIDE // 90)
-    for share, colour in zip(shares, colours, strict=False):
+    for share, colour in zip(shares, colours, strict=True):
         if not np.isfinite(share).all():
             continue
         row, column = np.rint(share * (np.array(crop.shape[:2]) - 1) * scale + scale // 2).astype(int)

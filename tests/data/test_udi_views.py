@@ -18,7 +18,7 @@ from tests.data.helpers import photograph
 
 SMALL = {"global_crops_size": 64, "local_crops_size": 32, "local_crops_number": 3, "patch_size": 8}
 MAPS = ["source", "target_index", "target_weight", "valid"]
-LOCAL_MAPS = ["local_index", "local_weight", "local_valid"]
+LOCAL_MAPS = ["local_source", "local_index", "local_weight", "local_valid"]
 
 
 @pytest.fixture(params=["fast", "pil"])
@@ -50,7 +50,7 @@ def test_samples_have_the_asked_shapes_whatever_the_image_is(augment, number, sh
         assert [tuple(crop.shape) for crop in crops] == [(3, 64, 64)] * 2 + [(3, 32, 32)] * number
         assert all(crop.dtype == torch.uint8 and crop.is_contiguous() for crop in crops)
         assert list(made) == MAPS + (LOCAL_MAPS if number else [])
-        shapes = [(2, 4), (2, 4, 4), (2, 4, 4), (2,), (number, 2, 4, 4), (number, 2, 4, 4), (number, 2)]
+        shapes = [(2, 4), (2, 4, 4), (2, 4, 4), (2,), (number, 2, 4), (number, 2, 4, 4), (number, 2, 4, 4), (number, 2)]
         assert [tuple(value.shape) for value in made.values()] == shapes[: len(made)]
         weights = {"target_weight", "local_weight"}
         assert all(v.dtype == (torch.float32 if n in weights else torch.int64) for n, v in made.items())
@@ -172,10 +172,9 @@ def test_a_point_and_its_place_show_the_same_part_of_the_image(augment, monkeypa
         made = sample(views, image, (3, 0, index))
         crops, drawn = made["crops"], views.draw((3, 0, index), 200, 250)
         flips |= {tuple(crop.flip for crop in drawn[0][:2])}
-        tokens = views.maps((3, 0, index), drawn[1])[1].source
         pairs = [(crops[v], crops[1 - v], 14, *(made[name][v] for name in MAPS)) for v in range(2)]
         pairs += [
-            (crops[2 + n], crops[1 - v], 6, torch.from_numpy(tokens[n, v]), *(made[name][n, v] for name in LOCAL_MAPS))
+            (crops[2 + n], crops[1 - v], 6, *(made[name][n, v] for name in LOCAL_MAPS))
             for n in range(2)
             for v in range(2)
         ]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from methods import distillation
-from methods.distillation import cross_view_loss, prototype_cross_entropy, teacher_probabilities
+from methods.distillation import Targets, cross_view_loss, prototype_cross_entropy, teacher_probabilities
 
 
 def double_loop(z, weight, probs, temperature):
@@ -44,12 +44,30 @@ def test_rows_may_weigh_differently_and_repeat_a_target():
     rows, mass = torch.tensor([0, 1, 2, 2, 1, 0]), None
     mass = targets.sum(dim=1)[rows]
     row_weight = torch.tensor([0.5, 0.0, 2.0, 1.0, 1e-3, 1.0], dtype=torch.float64)
-    fast = prototype_cross_entropy(z, weight, targets, rows, row_weight, mass, 0.2)
+    fast, _ = prototype_cross_entropy(z, weight, [Targets(targets, rows, mass, row_weight)], 0.2)
     log_probs = (z @ weight.t() / 0.2).log_softmax(dim=-1)
     slow = -(row_weight[:, None] * targets[rows] * log_probs).sum()
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
     grads = [torch.autograd.grad(loss, [z, weight]) for loss in (fast, slow)]
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [2**24, 16])
+def test_groups_of_rows_add_up_by_their_shares(chunk, monkeypatch):
+    monkeypatch.setattr(distillation, "CHUNK_ELEMENTS", chunk)
+    z, weight, probs = inputs(views=7, batch=1, prototypes=8, dim=4)
+    ones = torch.ones(7, dtype=torch.float64)
+    first = Targets(probs[0], torch.zeros(5, dtype=torch.int64), ones[:5], 0.25, share=3.0)
+    empty = Targets(probs[0, :0], torch.zeros(0, dtype=torch.int64), ones[:0], 1.0)
+    second = Targets(probs[1], torch.zeros(2, dtype=torch.int64), ones[5:], 0.5, share=1e-4)
+    together, parts = prototype_cross_entropy(z, weight, [first, empty, second], 0.1)
+    apart = [prototype_cross_entropy(z[at], weight, [group._replace(share=1.0)], 0.1)[0] for at, group in (
+        (slice(0, 5), first), (slice(5, 5), empty), (slice(5, 7), second)
+    )]  # fmt: skip
+    torch.testing.assert_close(parts, torch.stack(apart), rtol=1e-12, atol=0)
+    assert not parts.requires_grad and parts[1] == 0
+    grads = [torch.autograd.grad(loss, [z, weight]) for loss in (together, 3 * apart[0] + 1e-4 * apart[2])]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-14)
 
 
 def test_only_the_gradient_that_is_asked_for_is_formed():

@@ -18,10 +18,11 @@ def cell(picture: np.ndarray, row: int, column: int) -> np.ndarray:
     return picture[top : top + SIDE, left : left + SIDE]
 
 
-def in_image(found: np.ndarray, coordinates: np.ndarray) -> np.ndarray:
-    """Centre of the pixels ``found`` of a crop's picture -> its place in the image, as shares of height and width."""
-    share = np.argwhere(found).mean(axis=0) / SIDE
-    return coordinates[:2] + share * (coordinates[2:] - coordinates[:2])
+def in_image(picture: np.ndarray, token: int, coordinates: np.ndarray) -> np.ndarray | None:
+    """Where in the image a crop's picture has the mark of ``token``, as shares of height and width."""
+    found = np.argwhere((picture == hue_of(token)).all(axis=-1))
+    if len(found):
+        return coordinates[:2] + found.mean(axis=0) / SIDE * (coordinates[2:] - coordinates[:2])
 
 
 @pytest.mark.parametrize("number", range(6))
@@ -31,23 +32,20 @@ def test_marks_of_one_colour_are_one_point_of_the_image(number):
     batch = views.collate([views(photograph(0, HEIGHT, WIDTH), key)])
     batch["crops"] = [torch.zeros(1, *crop.shape[1:]) for crop in batch["crops"]]  # one grey: all colours are marks
     picture, (_, coordinates) = sampling_picture(batch, 8), views.draw(key, HEIGHT, WIDTH)
-    first, second = cell(picture, 0, 0), cell(picture, 0, 1)
-    valid, tolerance = int(batch["valid"][0, 0]), 0.03
-    assert valid, "another key, please: nothing to see"
-    for point in range(4):
-        masks = [(part == hue_of(point)).all(axis=-1) for part in (first, second)]
-        assert [mask.any() for mask in masks] == [point < valid] * 2
-        if point < valid:
-            places = [in_image(mask, where) for mask, where in zip(masks, coordinates, strict=False)]
-            assert np.abs(places[0] - places[1]).max() < tolerance, (point, places)
-    local = coordinates[2]
-    low, high = np.minimum(local[:2], local[2:]), np.maximum(local[:2], local[2:])
-    for column, view in ((1, 0), (2, 1)):
-        white = np.argwhere((cell(picture, 1, column) == 255).all(axis=-1))
-        assert bool(len(white)) == bool(batch["local_valid"][0, 0, view])
-        target = coordinates[1 - view]
-        places = target[:2] + white / SIDE * (target[2:] - target[:2])
-        assert ((places > low - tolerance) & (places < high + tolerance)).all()
+    first, second, local = coordinates[:3]
+    rows = [
+        (first, [second], batch["source"][0, :1], batch["valid"][0, :1], 8**2),
+        (local, [second, first], batch["local_source"][0, 0], batch["local_valid"][0, 0], 4**2),
+    ]
+    for row, (source, targets, tokens, valid, grid) in enumerate(rows):
+        drawn = [set(found[:count].tolist()) for found, count in zip(tokens, valid, strict=True)]
+        for token in range(grid):
+            at = in_image(cell(picture, row, 0), token, source)
+            assert (at is not None) == any(token in found for found in drawn)
+            for column, (target, found) in enumerate(zip(targets, drawn, strict=True), 1):
+                place = in_image(cell(picture, row, column), token, target)
+                assert (place is not None) == (token in found)
+                assert place is None or np.abs(place - at).max() < 0.03, (row, token, column, at, place)
 
 
 def test_a_dry_run_draws_them_where_places_are_sampled(tmp_path, monkeypatch, caplog):
