@@ -11,7 +11,6 @@ It is linear in the teacher: with Q_v the sum of the p_i paired with view v and 
 so one pass per student view is enough and no log-probability is stored. Everything is computed in float32 or better.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -119,26 +118,26 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         needs_z, needs_weight = ctx.needs_input_grad[:2]
         accurate = torch.float64 if z.dtype == torch.float64 else torch.float32
+        mass, row_weight = (torch.cat([getattr(group, name) for group in groups]) for name in ("mass", "row_weight"))
+        shared = torch.cat([group.share * group.row_weight for group in groups])
         with torch.autocast(device, enabled=False):
             zc, wc = z.to(compute), weight.to(compute)
-            losses = torch.zeros(len(groups), dtype=accurate, device=z.device)
+            lost = torch.empty(len(z), dtype=accurate, device=z.device)
             grad_z = torch.empty(z.shape, dtype=accurate, device=z.device) if needs_z else None
             grad_weight = torch.zeros_like(weight, dtype=accurate) if needs_weight and not len(z) else None
             # the largest weight (1 of no rows) is kept out of the products: they stay in the middle of a half's range
-            shared = torch.cat([group.share * group.row_weight for group in groups])
             common = shared.max() if len(shared) else shared.new_ones(())
             relative = (shared / common)[:, None]
-            for number, rows, at in _chunks(groups, max(1, CHUNK_ELEMENTS // weight.shape[0])):
-                group = groups[number]
-                mass = group.mass[at]
+            chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+            for first in range(0, len(z), chunk):
+                rows = slice(first, first + chunk)
                 logits = (zc[rows] @ wc.t()).to(accurate).div_(temperature)
-                target = group.probs[group.source[at]]
+                target = _target_rows(groups, first, first + len(logits))
                 lse = logits.logsumexp(dim=1)
-                lost = mass * lse - torch.linalg.vecdot(target, logits)
-                losses[number] += (group.row_weight[at] * lost).sum()
+                lost[rows] = mass[rows] * lse - torch.linalg.vecdot(target, logits)
                 if not (needs_z or needs_weight):
                     continue
-                grad = logits.sub_(lse[:, None]).exp_().mul_(mass[:, None]).sub_(target)
+                grad = logits.sub_(lse[:, None]).exp_().mul_(mass[rows, None]).sub_(target)
                 grad = grad.mul_(HEADROOM).to(compute)
                 if needs_z:
                     grad_z[rows] = (grad @ wc).to(accurate) * relative[rows]
@@ -147,8 +146,9 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
                     grad_weight = product if grad_weight is None else grad_weight.add_(product)
         ctx.grads = (grad_z, z.dtype), (grad_weight, weight.dtype)
         ctx.factor = common / (temperature * HEADROOM)
+        losses = torch.stack([part.sum() for part in (row_weight * lost).split([len(group.mass) for group in groups])])
         ctx.mark_non_differentiable(losses)
-        return sum(group.share * lost for group, lost in zip(groups, losses, strict=True)), losses
+        return (shared * lost).sum(), losses
 
     @staticmethod
     def backward(ctx, grad_loss, _):
@@ -158,12 +158,15 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         return (*grads, None, None)
 
 
-def _chunks(groups: list[Targets], size: int) -> Iterator[tuple[int, slice, slice]]:
-    """Runs of at most ``size`` rows of one group: its number, the run among all rows, and among the group's."""
+def _target_rows(groups: list[Targets], first: int, last: int) -> torch.Tensor:
+    """The targets of rows ``first`` to ``last``, counted through all groups: (rows, prototypes)."""
+    target = groups[0].probs.new_empty(last - first, groups[0].probs.shape[1])
     start = 0
-    for number, group in enumerate(groups):
-        count = len(group.mass)
-        for first in range(0, count, size):
-            last = min(first + size, count)
-            yield number, slice(start + first, start + last), slice(first, last)
-        start += count
+    for group in groups:
+        stop = start + len(group.source)
+        low, high = max(first, start), min(last, stop)
+        if low < high:
+            part = target[low - first : high - first]
+            torch.index_select(group.probs, 0, group.source[low - start : high - start], out=part)
+        start = stop
+    return target
