@@ -111,9 +111,13 @@ def bright_colour(number: int) -> tuple[int, int, int]:
 
 
 def overlaid(image: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """``image`` lit where ``values`` (rows, columns) are large and dimmed where they are small."""
+    """``image`` lit where ``values`` (rows, columns) are large and dimmed where they are small.
+
+    The largest fiftieth is lit alike: a few tokens that draw nearly all attention would leave the rest in the dark.
+    """
+    low, high = values.min(), np.quantile(values, 0.98)
     smooth = cv2.resize(values.astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-    smooth = np.clip((smooth - values.min()) / max(values.max() - values.min(), 1e-12), 0, 1)[..., None]
+    smooth = np.clip((smooth - low) / max(high - low, 1e-12), 0, 1)[..., None]
     return np.round(image * (0.25 + 0.75 * smooth)).astype(np.uint8)
 
 
