@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
 
@@ -104,6 +105,12 @@ def wait_for_line(process: subprocess.Popen, text: str) -> str:
 
 def load(folder: Path) -> dict:
     return torch.load(folder / "checkpoint.pth", weights_only=True)
+
+
+def tensorboard_of(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return events
 
 
 def flatten(value, prefix: str = "") -> dict:

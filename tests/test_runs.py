@@ -13,7 +13,7 @@ import torch
 
 import main_pretrain
 from methods.dino import DINO
-from tests.launch import assert_same_run, finish, load, make_images, run_here, start, wait_for_line
+from tests.launch import assert_same_run, finish, load, make_images, run_here, start, tensorboard_of, wait_for_line
 from utils import RunStopped, UsageError
 
 SAVE_EVERY_STEP = {"save_every_minutes": 1e-9}
@@ -204,6 +204,7 @@ def test_too_many_skipped_steps_stop_the_run_with_an_explanation(images, tmp_pat
     poison(monkeypatch, set(range(2, 100)))
     with pytest.raises(RunStopped, match="3 steps in a row were not finite"):
         run_here(monkeypatch, data_path=images, output_dir=tmp_path, max_skipped=3)
+    assert [event.step for event in tensorboard_of(tmp_path).Scalars("train/loss")] == [0, 1, 2, 3, 4]
     assert load(tmp_path)["tutelage"]["step"] == 5
     assert all(torch.isfinite(tensor).all() for tensor in load(tmp_path)["student"].values())
 
@@ -410,14 +411,11 @@ def test_the_originals_pixels_train_too(images, tmp_path, monkeypatch):
 
 
 def test_online_knn_and_pictures_of_the_bundled_photographs(tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     options = {"epochs": 1, "warmup_epochs": 0, "batch_size_per_gpu": 16, "precision": "fp32", "knn_every": 1}
     run_here(monkeypatch, output_dir=tmp_path, subset=2, knn_per_class=2, **options)
     line = json.loads((tmp_path / "log.txt").read_text())
     assert line["k-NN"]["10"]["top5"] >= line["k-NN"]["10"]["top1"] > 0
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
+    events = tensorboard_of(tmp_path)
     assert set(events.Tags()["images"]) == {"attention", "crops"}
     assert {"epoch/knn10_top1", "epoch/knn20_top5"} <= set(events.Tags()["scalars"])
 

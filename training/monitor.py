@@ -207,7 +207,12 @@ class Monitor:
     def close(self) -> None:
         self.flush()
         if self.writer is not None:
-            self.writer.close()
+            try:
+                self.writer.close()
+            except OSError as error:  # must not hide what ended the run
+                log.warning(
+                    "%s: the last entries were not written (%s)", self.output_dir / "tensorboard", error.strerror
+                )
 
     # ---- continuing -------------------------------------------------------------------------------------------------
 

@@ -165,7 +165,9 @@ def seeded(case: Case) -> Iterator[tuple]:
             torch.rand(rows, generator=generator)
             top, shown = int(tokens * p["show_max"]), int(p["show_ratio"] * tokens)
             top_mask, _ = attention_mask(attention, hidden_ranks(tokens, top, np.ones(rows, dtype=bool)))
-            patches = torch.multinomial(top_mask.float(), shown, generator=generator)
+            # torch.multinomial as the torch of the golden case has it; that of 2.6 draws its exponentials otherwise
+            exponentials = -torch.log1p(-torch.rand(rows, tokens, dtype=torch.float64, generator=generator))
+            patches = (top_mask / exponentials.float()).topk(shown).indices
             revealed = attention.argsort(dim=1, descending=True).argsort(dim=1).gather(1, patches).numpy()
         masks, _ = attention_mask(attention, hidden_ranks(tokens, count, kept, revealed), lowest=kind == "low")
         yield f"mask_{kind}", masks, case.arrays[f"mask_{kind}"]

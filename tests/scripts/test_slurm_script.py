@@ -117,7 +117,8 @@ def test_the_script_outlives_a_signal_and_acts_on_the_code_of_its_tasks(slurm, n
     process.communicate(timeout=30)
     assert process.returncode == 0
     assert requeues(slurm.record) == ["requeue 1234567"]
-    assert (slurm.record / "ignored").read_text() == "", "the tasks must not inherit an ignored signal"
+    ignored = (slurm.record / "ignored").read_text()  # a shell may have started these tests without SIGINT
+    assert "TERM" not in ignored and "USR1" not in ignored, "the tasks must not inherit an ignored signal"
 
 
 def test_the_warning_goes_to_the_tasks_and_the_job_may_be_requeued():

@@ -4,12 +4,22 @@ import pytest
 import torch
 
 from methods.base import Clock
+from tests.launch import tensorboard_of
 from training.monitor import Meter, Monitor
 from utils import World
 
 
-def monitor(folder, rank=0):
-    return Monitor(folder, 2, 3, 1, 8, World(rank, 1, 0, torch.device("cpu")))
+@pytest.fixture
+def monitor():
+    made = []
+
+    def make(folder, rank=0):
+        made.append(Monitor(folder, 2, 3, 1, 8, World(rank, 1, 0, torch.device("cpu"))))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
 
 
 def record(m, epoch, values, health=None):
@@ -18,7 +28,7 @@ def record(m, epoch, values, health=None):
         m.step({"loss": torch.tensor(loss)}, {"centre_norm": torch.tensor(1.0)}, clock, waited=0.0)
 
 
-def test_log_txt_begins_with_the_keys_of_the_original(tmp_path):
+def test_log_txt_begins_with_the_keys_of_the_original(monitor, tmp_path):
     m = monitor(tmp_path)
     m.open(0, 0)
     record(m, 0, [1.0, 2.0, 3.0])
@@ -32,7 +42,7 @@ def test_log_txt_begins_with_the_keys_of_the_original(tmp_path):
     assert line["train_wd"] == pytest.approx(0.4)
 
 
-def test_skipped_steps_do_not_enter_the_average(tmp_path):
+def test_skipped_steps_do_not_enter_the_average(monitor, tmp_path):
     m = monitor(tmp_path)
     m.open(0, 0)
     record(m, 0, [1.0, float("nan"), 3.0])
@@ -40,13 +50,13 @@ def test_skipped_steps_do_not_enter_the_average(tmp_path):
 
 
 @pytest.mark.parametrize("last", ['{"train_loss": 2, "epoch": 1}\n', '{"train_loss": 2, "ep'], ids=["whole", "torn"])
-def test_lines_of_epochs_that_will_be_repeated_are_removed(tmp_path, last):
+def test_lines_of_epochs_that_will_be_repeated_are_removed(monitor, tmp_path, last):
     (tmp_path / "log.txt").write_text('{"train_loss": 1, "epoch": 0}\n' + last)
     monitor(tmp_path).open(1, 2)
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0]
 
 
-def test_an_interrupted_epoch_has_the_average_of_a_whole_one(tmp_path):
+def test_an_interrupted_epoch_has_the_average_of_a_whole_one(monitor, tmp_path):
     first, second = monitor(tmp_path, rank=1), monitor(tmp_path, rank=1)
     record(first, 0, [1.0, 2.0])
     second.load_state_dict(first.state_dict())
@@ -54,7 +64,7 @@ def test_an_interrupted_epoch_has_the_average_of_a_whole_one(tmp_path):
     assert second.end_epoch(0, {})["train_loss"] == 3.0
 
 
-def test_an_epoch_that_only_lacks_its_test_keeps_its_measures(tmp_path):
+def test_an_epoch_that_only_lacks_its_test_keeps_its_measures(monitor, tmp_path):
     first, second = monitor(tmp_path, rank=1), monitor(tmp_path, rank=1)
     record(first, 0, [1.0, 2.0, 3.0])
     first.note({"nmi": 0.25})
@@ -63,24 +73,20 @@ def test_an_epoch_that_only_lacks_its_test_keeps_its_measures(tmp_path):
     assert (line["train_loss"], line["train_nmi"]) == (2.0, 0.25) and "k-NN" not in line
 
 
-def test_tensorboard_shows_losses_schedules_health_and_speed(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def test_tensorboard_shows_losses_schedules_health_and_speed(monitor, tmp_path):
     m = monitor(tmp_path)
     m.open(0, 0)
     record(m, 0, [1.0, 2.0, 3.0])
     m.note({"nmi": 0.25})
     m.end_epoch(0, {"10": {"top1": 50.0, "top5": 75.0}})
     m.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    tags = set(events.Tags()["scalars"])
+    tags = set(tensorboard_of(tmp_path).Tags()["scalars"])
     assert tags >= {"train/loss", "schedule/lr", "schedule/weight_decay", "schedule/momentum", "health/centre_norm"}
     assert tags >= {"speed/images_per_second", "speed/data_wait_share", "speed/max_memory_mb"}
     assert tags >= {"epoch/loss", "epoch/centre_norm", "epoch/nmi", "epoch/knn10_top1", "epoch/knn10_top5"}
 
 
-def test_a_problem_is_said_once_per_epoch(tmp_path, caplog):
+def test_a_problem_is_said_once_per_epoch(monitor, tmp_path, caplog):
     m = monitor(tmp_path)
     for _ in range(3):
         m.warn({"flat loss": "the loss stays"})
