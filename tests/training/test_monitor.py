@@ -10,11 +10,11 @@ from utils import World
 
 
 @pytest.fixture
-def monitor():
+def monitor(tmp_path):
     made = []
 
-    def make(folder, rank=0):
-        made.append(Monitor(folder, 2, 3, 1, 8, World(rank, 1, 0, torch.device("cpu"))))
+    def make(rank=0):
+        made.append(Monitor(tmp_path, 2, 3, 1, 8, World(rank, 1, 0, torch.device("cpu"))))
         return made[-1]
 
     yield make
@@ -29,7 +29,7 @@ def record(m, epoch, values, health=None):
 
 
 def test_log_txt_begins_with_the_keys_of_the_original(monitor, tmp_path):
-    m = monitor(tmp_path)
+    m = monitor()
     m.open(0, 0)
     record(m, 0, [1.0, 2.0, 3.0])
     m.note({"nmi": 0.25})
@@ -43,7 +43,7 @@ def test_log_txt_begins_with_the_keys_of_the_original(monitor, tmp_path):
 
 
 def test_skipped_steps_do_not_enter_the_average(monitor, tmp_path):
-    m = monitor(tmp_path)
+    m = monitor()
     m.open(0, 0)
     record(m, 0, [1.0, float("nan"), 3.0])
     assert m.end_epoch(0, {})["train_loss"] == 2.0
@@ -52,12 +52,12 @@ def test_skipped_steps_do_not_enter_the_average(monitor, tmp_path):
 @pytest.mark.parametrize("last", ['{"train_loss": 2, "epoch": 1}\n', '{"train_loss": 2, "ep'], ids=["whole", "torn"])
 def test_lines_of_epochs_that_will_be_repeated_are_removed(monitor, tmp_path, last):
     (tmp_path / "log.txt").write_text('{"train_loss": 1, "epoch": 0}\n' + last)
-    monitor(tmp_path).open(1, 2)
+    monitor().open(1, 2)
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0]
 
 
 def test_an_interrupted_epoch_has_the_average_of_a_whole_one(monitor, tmp_path):
-    first, second = monitor(tmp_path, rank=1), monitor(tmp_path, rank=1)
+    first, second = monitor(rank=1), monitor(rank=1)
     record(first, 0, [1.0, 2.0])
     second.load_state_dict(first.state_dict())
     record(second, 0, [6.0])
@@ -65,7 +65,7 @@ def test_an_interrupted_epoch_has_the_average_of_a_whole_one(monitor, tmp_path):
 
 
 def test_an_epoch_that_only_lacks_its_test_keeps_its_measures(monitor, tmp_path):
-    first, second = monitor(tmp_path, rank=1), monitor(tmp_path, rank=1)
+    first, second = monitor(rank=1), monitor(rank=1)
     record(first, 0, [1.0, 2.0, 3.0])
     first.note({"nmi": 0.25})
     second.load_state_dict(first.state_dict())
@@ -74,7 +74,7 @@ def test_an_epoch_that_only_lacks_its_test_keeps_its_measures(monitor, tmp_path)
 
 
 def test_tensorboard_shows_losses_schedules_health_and_speed(monitor, tmp_path):
-    m = monitor(tmp_path)
+    m = monitor()
     m.open(0, 0)
     record(m, 0, [1.0, 2.0, 3.0])
     m.note({"nmi": 0.25})
@@ -87,7 +87,7 @@ def test_tensorboard_shows_losses_schedules_health_and_speed(monitor, tmp_path):
 
 
 def test_a_problem_is_said_once_per_epoch(monitor, tmp_path, caplog):
-    m = monitor(tmp_path)
+    m = monitor()
     for _ in range(3):
         m.warn({"flat loss": "the loss stays"})
     assert caplog.text.count("the loss stays") == 1
