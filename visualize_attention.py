@@ -46,6 +46,11 @@ def attention_maps(model: torch.nn.Module, images: torch.Tensor, class_token: in
     return patch_maps(attention, model.num_prefix_tokens, rows, columns, class_token)
 
 
+def class_token_names(model: torch.nn.Module) -> list[str]:
+    """What the class tokens of a vision transformer are called; one alone needs no name."""
+    return ["cls", "cls+"] if model.num_class_tokens == 2 else [""]
+
+
 def check_has_attention(model: torch.nn.Module) -> None:
     if not hasattr(model, "get_last_selfattention"):
         raise UsageError(
@@ -203,8 +208,7 @@ def visualise(model: torch.nn.Module, image: torch.Tensor, folder: Path, thresho
     seen = image[:, :height, :width].cpu()
     photograph = to_pixels(seen)
     save_picture(stretched(seen), folder / "img.png")
-    names = ("cls", "cls+")[: model.num_class_tokens]
-    for token, name in enumerate(names):
+    for token, name in enumerate(class_token_names(model)):
         maps, mark = attention_maps(model, image[None], token)[0].float().cpu(), f"-{name}" if token else ""
         for head, values in enumerate(enlarge(maps, patch)):
             save_picture(heat(values), folder / f"attn{mark}-head{head}.png")
@@ -212,7 +216,7 @@ def visualise(model: torch.nn.Module, image: torch.Tensor, folder: Path, thresho
         masked = [blended(photograph, mask, bright_colour(head)) for head, mask in enumerate(masks)]
         for head, picture in enumerate(masked):
             save_picture(picture, folder / f"mask{mark}_th{threshold}_head{head}.png")
-        sheets.append(attention_sheet(photograph, maps, masked, name if len(names) > 1 else ""))
+        sheets.append(attention_sheet(photograph, maps, masked, name))
     save_picture(np.concatenate(sheets), folder / "sheet.png")
 
 

@@ -7,7 +7,7 @@ import torch
 
 from data.preprocess import to_pixels
 from methods.base import Clock, Method
-from visualize_attention import attention_maps, attention_sheet
+from visualize_attention import attention_maps, attention_sheet, class_token_names
 
 HIDDEN = np.array([214, 39, 140])  # over what the student does not see
 OPACITY = 0.75
@@ -44,10 +44,10 @@ def crops_grid(
 
 
 def attention_pictures(backbone: torch.nn.Module, images: torch.Tensor) -> np.ndarray | None:
-    """Every image beside its class token's attention, one row each; None for a network without such attention."""
+    """Every image beside its class tokens' attention, a row for each; None for a network without such attention."""
     if not hasattr(backbone, "get_last_selfattention"):
         return None
     with torch.no_grad():
-        maps = attention_maps(backbone, images)
-    sheets = [attention_sheet(picture, m) for picture, m in zip(to_pixels(images), maps, strict=True)]
-    return np.concatenate(sheets)
+        tokens = [(name, attention_maps(backbone, images, n)) for n, name in enumerate(class_token_names(backbone))]
+    pictures = enumerate(to_pixels(images))
+    return np.concatenate([attention_sheet(p, maps[n], token=name) for n, p in pictures for name, maps in tokens])
