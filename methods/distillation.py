@@ -48,7 +48,7 @@ class Targets(NamedTuple):
     """What consecutive student rows are compared with.
 
     Shapes     probs (sources, prototypes), no gradient; source (rows,) int64, the one of every row; mass (rows,), the
-               sum of every row's target; row_weight (rows,) or a number
+               sum of every row's target; row_weight (rows,) or a number; share, of the group in the sum
     """
 
     probs: torch.Tensor
@@ -71,11 +71,8 @@ def prototype_cross_entropy(
                ``CHUNK_ELEMENTS`` logits exist at a time and none are kept for the backward pass. All groups share one
                gradient of the prototypes, which is as large as they are
     """
-    groups = [
-        # filled on the device: a copy of a number from the host would wait for it
-        group._replace(row_weight=torch.ones_like(group.mass) * group.row_weight)
-        for group in targets
-    ]
+    # a number is multiplied in on the device: a tensor of it made here would be a copy that the host waits for
+    groups = [group._replace(row_weight=torch.ones_like(group.mass) * group.row_weight) for group in targets]
     return _PrototypeCrossEntropy.apply(z, weight, groups, temperature)
 
 
