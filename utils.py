@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,15 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def leave_world() -> None:
+    """End the group of processes, so that none of them waits for another's end."""
+    if dist.get_backend() == "gloo":
+        # Before torch 2.8 the interpreter stands still until gloo's threads have ended, and a thread that drops its
+        # last tensors needs the interpreter: neither would ever end. Such a thread needs microseconds.
+        time.sleep(0.05)
+    dist.destroy_process_group()
+
+
 def keep_large_blocks() -> None:
     """Ask glibc to keep freed tensors instead of returning them to the system.
 
@@ -139,7 +149,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         code = 141
     if dist.is_initialized() and not code:
-        dist.destroy_process_group()
+        leave_world()
     sys.stdout.flush()
     sys.exit(code or 0)
 
