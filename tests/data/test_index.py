@@ -152,13 +152,14 @@ def test_on_a_node_only_the_first_process_lists_and_the_others_wait(folder, tmp_
             return scandir(path)
         os.scandir = slow
         from data.datasets import open_source
+        from utils import leave_world
         source = open_source({str(folder)!r})
         print(len(source), len(count))
         try:
             open_source({str(tmp_path / "cache")!r})
         except Exception as error:
             print(type(error).__name__)
-        dist.destroy_process_group()
+        leave_world()
         """
     )
     processes = [

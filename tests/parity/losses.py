@@ -14,7 +14,7 @@ from methods.centring import Centres
 from methods.distillation import cross_view_loss, masked_patch_loss, teacher_probabilities
 from methods.masked_distillation import patch_temperatures
 from tests.parity import Case
-from utils import warmup_scheduler
+from utils import leave_world, warmup_scheduler
 
 
 def temperatures(p: dict):
@@ -210,7 +210,7 @@ def _rank(rank: int, compute: Callable, p: dict, inputs: dict, port: int, queue,
     computed = compute(rank, p, inputs, dtype)
     queue.put({f"{name}_rank{rank}": value.numpy() for name, value in computed.items()})
     dist.barrier()
-    dist.destroy_process_group()
+    leave_world()
 
 
 RUNNERS = {
