@@ -163,10 +163,18 @@ def save(run: Run, epoch: int, step: int, numbered: bool = False) -> None:
     run.saved_at = time.monotonic()
 
 
-def train_epochs(run: Run, knn: OnlineKNN, first_epoch: int, step: int) -> None:
-    """All that is left from ``step`` of ``first_epoch`` on."""
+def train(run: Run, knn: OnlineKNN) -> None:
+    """From where the run stands to its end: epochs, checkpoints, online k-NN."""
     args = run.args
+    make_folder(Path(args.output_dir))
+    first_epoch, step = resume(run)
+    if first_epoch >= args.epochs:
+        log.info("%s holds a finished run of %d epochs", args.output_dir, args.epochs)
+        return
+    run.monitor.open(first_epoch, step)
+    run.consensus.listen()
     pieces = device_pieces(run, first_epoch, step)
+    began = time.monotonic()
     for epoch in range(first_epoch, args.epochs):
         run.monitor.begin_epoch()
         run.blackbox.begin_epoch()
@@ -179,21 +187,7 @@ def train_epochs(run: Run, knn: OnlineKNN, first_epoch: int, step: int) -> None:
             results = knn()
         run.monitor.end_epoch(epoch, results)
         save(run, epoch + 1, 0, numbered=epoch % args.saveckp_freq == 0)
-
-
-def train(run: Run, knn: OnlineKNN) -> None:
-    """From where the run stands to its end: epochs, checkpoints, online k-NN."""
-    args = run.args
-    make_folder(Path(args.output_dir))
-    first_epoch, step = resume(run)
-    if first_epoch >= args.epochs:
-        log.info("%s holds a finished run of %d epochs", args.output_dir, args.epochs)
-        return
-    began = time.monotonic()
-    with contextlib.closing(run.monitor):  # whatever ends the run: its last steps are those that one looks for
-        run.monitor.open(first_epoch, step)
-        run.consensus.listen()
-        train_epochs(run, knn, first_epoch, step)
+    run.monitor.close()
     log.info("training took %.1f minutes", (time.monotonic() - began) / 60)
 
 

@@ -138,14 +138,18 @@ def sampling_maps(
     return SamplingMaps(source_token, index.reshape(shape), weight.reshape(shape), inside.sum(-1))
 
 
+def token_shares(tokens: np.ndarray, grid: int) -> np.ndarray:
+    """Tokens of a grid -> rows and columns (..., 2) float32, 0 for the first ones and 1 for the last."""
+    return np.stack(np.divmod(np.asarray(tokens), grid), axis=-1).astype(np.float32) / np.float32(max(grid - 1, 1))
+
+
 def project(source: np.ndarray, target: np.ndarray, tokens: np.ndarray, grid: int) -> tuple[np.ndarray, np.ndarray]:
     """Places of the source's ``tokens`` in the target, (..., points, 2) float32 row and column, 0 at its top left token
     and 1 at its bottom right one, and whether they are strictly inside, (..., points) bool. Those outside may be
     anything."""
     source, target = np.broadcast_arrays(source.astype(np.float32), target.astype(np.float32))
     source, target = source[..., None, :], target[..., None, :]
-    share = np.stack(np.divmod(np.asarray(tokens), grid), axis=-1).astype(np.float32) / np.float32(max(grid - 1, 1))
-    position = source[..., :2] + share * (source[..., 2:] - source[..., :2])
+    position = source[..., :2] + token_shares(tokens, grid) * (source[..., 2:] - source[..., :2])
     first, last = target[..., :2], target[..., 2:]
     inside = (np.minimum(first, last) < position) & (position < np.maximum(first, last))
     with np.errstate(divide="ignore", invalid="ignore"):

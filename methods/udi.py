@@ -263,7 +263,8 @@ class UDI(PrototypeMethod):
         z, weight = torch.cat(list(vectors.values())), self.student.head[0].last_layer.weight()
         loss, parts = prototype_cross_entropy(z, weight, list(groups.values()), self.student_temp)
         found = dict(zip(groups, parts, strict=True))
-        self._seen["loss"] = sum(groups[name].share * levels * lost for name, lost in found.items() if name[2:] == "cl")
+        of_cls = [name for name in ("g_cl", "l_cl") if name in found]
+        self._seen["loss"] = levels * sum(groups[name].share * found[name] for name in of_cls)
         return {"loss": loss, **found}
 
     # ---- looking at it ----------------------------------------------------------------------------------------------

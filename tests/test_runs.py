@@ -204,7 +204,6 @@ def test_too_many_skipped_steps_stop_the_run_with_an_explanation(images, tmp_pat
     poison(monkeypatch, set(range(2, 100)))
     with pytest.raises(RunStopped, match="3 steps in a row were not finite"):
         run_here(monkeypatch, data_path=images, output_dir=tmp_path, max_skipped=3)
-    assert [event.step for event in tensorboard_of(tmp_path).Scalars("train/loss")] == [0, 1, 2, 3, 4]
     assert load(tmp_path)["tutelage"]["step"] == 5
     assert all(torch.isfinite(tensor).all() for tensor in load(tmp_path)["student"].values())
 

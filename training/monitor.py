@@ -207,12 +207,7 @@ class Monitor:
     def close(self) -> None:
         self.flush()
         if self.writer is not None:
-            try:
-                self.writer.close()
-            except OSError as error:  # must not hide what ended the run
-                log.warning(
-                    "%s: the last entries were not written (%s)", self.output_dir / "tensorboard", error.strerror
-                )
+            self.writer.close()
 
     # ---- continuing -------------------------------------------------------------------------------------------------
 

@@ -31,16 +31,22 @@ def crops_grid(
         cell = column.shape[1] // mask.shape[1]
         hidden = mask[:images].repeat(cell, axis=1).repeat(cell, axis=2)
         column[hidden] = (OPACITY * HIDDEN + (1 - OPACITY) * column[hidden]).astype(np.uint8)
-    rows, cell = columns[0].shape[0], max(column.shape[1] for column in columns)
-    sheet = np.full((rows * (cell + gap) + gap, sum(c.shape[2] + gap for c in columns) + gap, 3), 255, np.uint8)
-    left = gap
-    for column in columns:
-        _, height, width, _ = column.shape
-        for row, picture in enumerate(column):
-            top = gap + row * (cell + gap) + (cell - height) // 2
-            sheet[top : top + height, left : left + width] = picture
-        left += width + gap
-    return sheet
+    return sheet(list(zip(*columns, strict=True)), gap)
+
+
+def sheet(rows: Sequence[Sequence[np.ndarray]], gap: int) -> np.ndarray:
+    """Pictures beside and below each other, on white; one lower than its row stands in the middle of it."""
+    heights = [max(picture.shape[0] for picture in row) for row in rows]
+    width = max(sum(picture.shape[1] + gap for picture in row) for row in rows) + gap
+    canvas, top = np.full((sum(heights) + gap * (len(rows) + 1), width, 3), 255, np.uint8), gap
+    for row, height in zip(rows, heights, strict=True):
+        left = gap
+        for picture in row:
+            first = top + (height - picture.shape[0]) // 2
+            canvas[first : first + picture.shape[0], left : left + picture.shape[1]] = picture
+            left += picture.shape[1] + gap
+        top += height + gap
+    return canvas
 
 
 def attention_pictures(backbone: torch.nn.Module, images: torch.Tensor) -> np.ndarray | None:

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from data.correspondence import token_shares
 from data.preprocess import to_pixels
+from training.preview import sheet
 
 SIDE = 448  # pixels of a global crop, about
 GOLDEN = (5**0.5 - 1) / 2  # steps around the circle of hues that leave neighbours far apart
@@ -26,7 +28,7 @@ def sampling_picture(batch: dict, patch_size: int, image: int = 0) -> np.ndarray
     if "local_index" in batch:
         maps = [batch[f"local_{name}"][image, 0] for name in ("source", "index", "weight", "valid")]
         rows.append(row_of(to_pixels(batch["crops"][2][image]), [second, first], maps, patch_size))
-    return sheet(rows)
+    return sheet(rows, GAP)
 
 
 def row_of(source: np.ndarray, targets: list[np.ndarray], maps: list[torch.Tensor], patch: int) -> list[np.ndarray]:
@@ -38,11 +40,6 @@ def row_of(source: np.ndarray, targets: list[np.ndarray], maps: list[torch.Tenso
         pictures.append(marked(crop, places(index[:valid], weight[:valid], grids[1]), map(hue_of, tokens)))
     tokens = sorted(sampled)
     return [marked(source, token_shares(np.array(tokens, int), grids[0]), map(hue_of, tokens)), *pictures]
-
-
-def token_shares(tokens: np.ndarray, grid: int) -> np.ndarray:
-    """Tokens of a grid -> rows and columns from 0 to 1 (tokens, 2); the outermost lie on the outermost pixels."""
-    return np.stack(np.divmod(tokens, grid), axis=-1) / max(grid - 1, 1)
 
 
 def places(index: torch.Tensor, weight: torch.Tensor, grid: int) -> np.ndarray:
@@ -69,17 +66,3 @@ def marked(crop: np.ndarray, shares: np.ndarray, colours: Iterable[tuple[int, ..
         for size, paint in ((half + 1, (0, 0, 0)), (half, colour)):
             picture[max(0, row - size) : row + size + 1, max(0, column - size) : column + size + 1] = paint
     return picture
-
-
-def sheet(rows: list[list[np.ndarray]]) -> np.ndarray:
-    """Pictures beside and below each other, on white."""
-    heights = [max(picture.shape[0] for picture in row) + GAP for row in rows]
-    width = max(sum(picture.shape[1] + GAP for picture in row) for row in rows)
-    canvas, top = np.full((sum(heights) + GAP, width + GAP, 3), 255, np.uint8), GAP
-    for row, height in zip(rows, heights, strict=True):
-        left = GAP
-        for picture in row:
-            canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-            left += picture.shape[1] + GAP
-        top += height
-    return canvas
