@@ -100,8 +100,8 @@ def usable_cpus() -> int:
 def leave_world() -> None:
     """End the group of processes, so that none of them waits for another's end."""
     if dist.get_backend() == "gloo":
-        # Before torch 2.8 the interpreter stands still until gloo's threads have ended, and a thread that drops its
-        # last tensors needs the interpreter: neither would ever end. Such a thread needs microseconds.
+        # torch 2.6 keeps the interpreter locked until gloo's threads have ended, and a thread that drops its last
+        # tensors needs it (pytorch/pytorch#154976): neither would ever end. Such a thread needs microseconds.
         time.sleep(0.05)
     dist.destroy_process_group()
 

@@ -167,5 +167,5 @@ print(number)
 
 
 def test_processes_that_just_talked_end():
-    """With torch 2.6 and 2.7 one of a few dozen would wait for ever."""
+    """With torch 2.6 one of some dozens waited for ever."""
     assert two_tasks(LEAVE_OFTEN) == [["39"], ["39"]]
