@@ -37,13 +37,14 @@ from training.monitor import Monitor
 from training.online_knn import OnlineKNN
 from training.optim import build_optimizer, optimizer_step, set_schedules
 from training.options import check_options, compare_with_presets, parse_options
-from training.precision import autocast, batch_dtype
 from training.preview import attention_pictures, first_batch
 from training.pseudo_labels import PseudoLabels
 from utils import (
     RunStopped,
     World,
+    autocast,
     barrier,
+    batch_dtype,
     cosine_scheduler,
     git_revision,
     init_world,

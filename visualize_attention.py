@@ -23,8 +23,8 @@ from data.bundled import photograph_paths
 from data.datasets import EXTENSIONS, BadImage
 from data.decode import decode_pil
 from data.preprocess import MEAN, STD, to_pixels
-from evaluation import add_network_arguments, network_from_options
-from features import evaluating
+from evaluation.features import evaluating
+from evaluation.network import add_network_arguments, network_from_options
 from randomness import counted_uniforms
 from utils import Parser, UsageError, check_writable, init_world, log, make_folder, run_cli
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from linear_heads import LinearHeads, Probe, Recipe, initial_heads
+from evaluation.linear_heads import LinearHeads, Probe, Recipe, initial_heads
 from models import build_backbone
 from utils import Parser, keep_large_blocks, run_cli
 

@@ -34,8 +34,7 @@ from methods.base import Clock, Method
 from methods.masking import MaskedViews
 from training.optim import build_optimizer, optimizer_step, set_schedules
 from training.options import get_args_parser
-from training.precision import autocast, has_bf16
-from utils import Parser, UsageError, keep_large_blocks, run_cli
+from utils import Parser, UsageError, autocast, has_bf16, keep_large_blocks, run_cli
 
 CLIP = 3.0
 SETTINGS = {  # what the published recipes have and the defaults have not

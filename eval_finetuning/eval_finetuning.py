@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
-from features import batches
-from finetune_options import check_arguments, get_args_parser
-from finetune_run import (
+from evaluation.features import batches
+from evaluation.finetune_options import check_arguments, get_args_parser
+from evaluation.finetune_run import (
     Run,
     build_network,
     load_to_test,
@@ -31,14 +31,16 @@ from finetune_run import (
     start_hash,
     write_scalars,
 )
-from finetune_steps import Stepper, drop_path_draws, mix, seed_dropout, smoothed, soft_cross_entropy
+from evaluation.finetune_steps import Stepper, drop_path_draws, mix, seed_dropout, smoothed, soft_cross_entropy
 from models.finetuned import layer_decay_groups
-from training.precision import autocast, batch_dtype, has_bf16
 from utils import (
     UsageError,
     World,
     all_reduce_sum,
+    autocast,
+    batch_dtype,
     cosine_scheduler,
+    has_bf16,
     init_world,
     keep_large_blocks,
     log,

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 from data.datasets import ALL, Source, images_per_class
 from data.preprocess import MEAN, STD, eval_transform
-from evaluation import (
+from evaluation.features import FeatureCache, extract_features, weights_hash
+from evaluation.network import (
     add_data_arguments,
     add_feature_arguments,
     add_network_arguments,
@@ -32,7 +33,6 @@ from evaluation import (
     untrained,
     write_result,
 )
-from features import FeatureCache, extract_features, weights_hash
 from models.checkpoints import Network
 from utils import Parser, UsageError, World, all_reduce_sum, bool_flag, init_world, keep_large_blocks, log, run_cli
 

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 eval_linear/eval_linear.py --pretrained_weights checkpoint.pth --data_path /imagenet
     python eval_linear/eval_linear.py --pretrained_weights checkpoint.pth --sweep_lr_only      on bundled photographs
 
-Every image goes through the network once a step, whatever the number of heads (linear_heads.py). DINO's protocol
+Every image goes through the network once a step, whatever the number of heads (evaluation/linear_heads.py). DINO's protocol
 (2104.14294), iBOT's sweep (2111.07832); published: DINO ViT-S/16 77.0, ViT-B/16 78.2 % top-1. More: README.md here.
 """
 
@@ -18,17 +18,8 @@ import torch
 from data.loader import TrainLoader, to_device_ahead
 from data.preprocess import eval_transform
 from data.views import LinearViews
-from evaluation import (
-    add_data_arguments,
-    add_feature_arguments,
-    add_network_arguments,
-    add_process_arguments,
-    check_common_arguments,
-    chosen_features,
-    network_from_options,
-)
-from features import CLS, Feature, batches, token_features
-from linear_heads import (
+from evaluation.features import CLS, Feature, batches, token_features
+from evaluation.linear_heads import (
     LinearHeads,
     Probe,
     Recipe,
@@ -37,7 +28,7 @@ from linear_heads import (
     heads_of,
     initial_heads,
 )
-from linear_run import (
+from evaluation.linear_run import (
     SWEEP_DECAYS,
     SWEEP_OPTIMIZERS,
     Run,
@@ -48,6 +39,15 @@ from linear_run import (
     resume,
     save,
     sweep_recipes,
+)
+from evaluation.network import (
+    add_data_arguments,
+    add_feature_arguments,
+    add_network_arguments,
+    add_process_arguments,
+    check_common_arguments,
+    chosen_features,
+    network_from_options,
 )
 from models.safe_load import load_file
 from utils import (

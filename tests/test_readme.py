@@ -10,7 +10,7 @@ import visualize_attention
 from eval_finetuning import extract_backbone_weights_for_finetuning as extract
 from eval_knn import eval_knn
 from eval_linear import eval_linear
-from finetune_options import get_args_parser as finetune_parser
+from evaluation.finetune_options import get_args_parser as finetune_parser
 from training.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,8 +17,7 @@ from methods.base import Clock, Method
 from models.safe_load import load_file
 from training.consensus import Verdict
 from training.options import resolve_precision
-from training.precision import autocast, batch_dtype
-from utils import UsageError, World, log, save_torch
+from utils import UsageError, World, autocast, batch_dtype, log, save_torch
 
 
 class BlackBox:

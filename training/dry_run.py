@@ -9,10 +9,9 @@ import torch
 from data.datasets import BadImage
 from data.loader import TrainLoader, to_device_ahead
 from randomness import Permutation
-from training.precision import autocast, batch_dtype
 from training.preview import first_batch
 from training.sampling_picture import sampling_picture
-from utils import World, log, make_folder
+from utils import World, autocast, batch_dtype, log, make_folder
 from visualize_attention import save_picture
 
 SCANNED = 64

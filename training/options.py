@@ -6,14 +6,13 @@ from pathlib import Path
 import torch
 
 from data.datasets import ALL, check_subset
-from evaluation import add_feature_arguments
+from evaluation.network import add_feature_arguments
 from methods import METHODS, method_class
 from methods.base import Method
 from models import SWINS, VITS, backbone_names, check_swin_patch, is_swin, is_vision_transformer
 from training.optim import OPTIMIZERS
-from training.precision import PRECISIONS, has_bf16
 from training.presets import nearest_preset, read_preset
-from utils import BACKENDS, Parser, UsageError, World, bool_flag, check_writable, nearest
+from utils import BACKENDS, PRECISIONS, Parser, UsageError, World, bool_flag, check_writable, has_bf16, nearest
 
 # Options that cannot change what a run computes, so that it may be continued with others. The batch may be divided
 # differently among processes and pieces as long as its size stays (checked where a run is resumed).

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from clustering import adjusted_rand_index, contingency, fowlkes_mallows, normalized_mutual_information
+from evaluation.clustering import adjusted_rand_index, contingency, fowlkes_mallows, normalized_mutual_information
 from utils import World, all_reduce_sum, log
 
 

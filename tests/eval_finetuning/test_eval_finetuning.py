@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-import evaluation
 from eval_finetuning import eval_finetuning
 from eval_finetuning.eval_finetuning import main
+from evaluation import network as evaluation
 from models import build_backbone
 from tests.eval_knn.test_eval_knn import micro
 from tests.eval_linear.test_eval_linear import assert_same, lines_of, saved

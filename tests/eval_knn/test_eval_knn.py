@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import evaluation
 from data.datasets import SubsetSource
 from eval_knn.eval_knn import (
     colour_histogram,
@@ -23,6 +22,7 @@ from eval_knn.eval_knn import (
     raw_pixels,
     table,
 )
+from evaluation import network as evaluation
 from models import build_backbone
 from tests.sources import Stripes
 from utils import run_cli
@@ -361,7 +361,7 @@ TWO_RANKS = """
 import sys, torch
 from data.preprocess import eval_transform
 from eval_knn.eval_knn import knn_classify
-from features import extract_features
+from evaluation.features import extract_features
 from models.vit import VisionTransformer
 from tests.sources import Stripes
 from utils import UsageError, init_world, run_cli

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluation
 from eval_linear import eval_linear
 from eval_linear.eval_linear import main
-from linear_heads import heads_of
+from evaluation import network as evaluation
+from evaluation.linear_heads import heads_of
 from models import build_backbone
 from models.checkpoints import read_backbone
 from models.layouts import plain_name

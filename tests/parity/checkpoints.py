@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 
 from data.preprocess import MEAN, STD
-from features import Feature, class_token, multiscale_class_token
-from linear_heads import heads_of
+from evaluation.features import Feature, class_token, multiscale_class_token
+from evaluation.linear_heads import heads_of
 from models.checkpoints import choose_tensors, compare, load_tensors, read_backbone
 from models.layouts import LAYOUTS, plain_name
 from models.safe_load import load_file

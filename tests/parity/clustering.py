@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clustering import (
+from evaluation.clustering import (
     adjusted_rand_index,
     assignment_accuracy,
     contingency,

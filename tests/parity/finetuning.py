@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from finetune_steps import Stepper, soft_cross_entropy
+from evaluation.finetune_steps import Stepper, soft_cross_entropy
 from models.adapt import resize_positions
 from models.finetuned import FinetunedSwin, FinetunedTransformer, layer_decay_groups
 from models.layouts import vit_arguments

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from features import Feature
-from linear_heads import LinearHeads, Probe, Recipe, best_head, cosine_factor, heads_of, saved_heads
-from linear_run import SWEEP_LRS, sweep_recipes
+from evaluation.features import Feature
+from evaluation.linear_heads import LinearHeads, Probe, Recipe, best_head, cosine_factor, heads_of, saved_heads
+from evaluation.linear_run import SWEEP_LRS, sweep_recipes
 from models.checkpoints import load_tensors, read_backbone
 from models.safe_load import load_file
 from tests.parity import Case

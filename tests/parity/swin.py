@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from features import Feature
+from evaluation.features import Feature
 from methods.heads import DINOHead
 from methods.multicrop import MultiCropNetwork
 from models import build_backbone

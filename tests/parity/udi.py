@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from eval_knn.eval_knn import class_votes, knn_classify, neighbours_in_chunks
-from features import Feature, class_token, pool_tokens
-from linear_heads import LinearHeads, Probe, Recipe, cosine_factor
+from evaluation.features import Feature, class_token, pool_tokens
+from evaluation.linear_heads import LinearHeads, Probe, Recipe, cosine_factor
 from methods.base import Clock
 from methods.heads import DINOHead
 from methods.srs import SampledBackbone

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from clustering import contingency, fowlkes_mallows
+from evaluation.clustering import contingency, fowlkes_mallows
 from training.pseudo_labels import PseudoLabels
 from utils import World
 

@@ -1,14 +1,13 @@
-"""A run of linear probing: what exists once, and what of it is written and read again (eval_linear/eval_linear.py).
-
-It stands here because a script hides the package of its own name when it is started.
-"""
+"""A run of linear probing: what exists once, and what of it is written and read again (eval_linear/eval_linear.py)."""
 
 import argparse
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evaluation import (
+from evaluation.features import CLS, Feature, weights_hash
+from evaluation.linear_heads import Probe, Recipe, best_head, cosine_factor, restore_heads, saved_heads
+from evaluation.network import (
     common_labels,
     crop_and_resize,
     log_before,
@@ -17,8 +16,6 @@ from evaluation import (
     save_run,
     write_result,
 )
-from features import CLS, Feature, weights_hash
-from linear_heads import Probe, Recipe, best_head, cosine_factor, restore_heads, saved_heads
 from models.checkpoints import Network
 from models.safe_load import load_file
 from utils import UsageError, World, barrier, log

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from clustering import (
+from evaluation.clustering import (
     adjusted_rand_index,
     assignment_accuracy,
     best_assignment,

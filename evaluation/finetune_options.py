@@ -5,9 +5,8 @@ import math
 from pathlib import Path
 
 from data.datasets import check_subset
-from evaluation import add_process_arguments
-from training.precision import PRECISIONS
-from utils import Parser, UsageError, check_writable
+from evaluation.network import add_process_arguments
+from utils import PRECISIONS, Parser, UsageError, check_writable
 
 
 def get_args_parser() -> Parser:

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from linear_heads import (
+from evaluation.linear_heads import (
     LinearHeads,
     Probe,
     Recipe,

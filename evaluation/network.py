@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from data.datasets import Source, check_subset, open_source
-from features import CLASS_TOKENS, CLS, INTERLEAVED, MEAN, OUTPUT, POOLINGS, Feature, labels_of
+from evaluation.features import CLASS_TOKENS, CLS, INTERLEAVED, MEAN, OUTPUT, POOLINGS, Feature, labels_of
 from models import ALIASES, build_backbone, is_swin, is_vision_transformer
 from models.checkpoints import Network, network_from_file
 from utils import BACKENDS, UsageError, check_writable, log, make_folder, save_atomically, save_torch

@@ -1,7 +1,4 @@
-"""A run of fine-tuning: what exists once, and what of it is written and read again (eval_finetuning.py).
-
-It stands here because a script hides the package of its own name when it is started.
-"""
+"""A run of fine-tuning: what exists once, and what of it is written and read again (eval_finetuning.py)."""
 
 import argparse
 import math
@@ -15,9 +12,16 @@ import torch.nn as nn
 from data.datasets import Source, open_source, training_path
 from data.finetune_views import FinetuneViews
 from data.preprocess import MEAN, STD, eval_transform
-from evaluation import common_labels, log_before, open_train_and_test, refuse_another_run, save_run, write_result
-from features import weights_hash
-from finetune_steps import Stepper
+from evaluation.features import weights_hash
+from evaluation.finetune_steps import Stepper
+from evaluation.network import (
+    common_labels,
+    log_before,
+    open_train_and_test,
+    refuse_another_run,
+    save_run,
+    write_result,
+)
 from models import ALIASES, is_swin, is_vision_transformer
 from models.adapt import load_to_finetune
 from models.checkpoints import Network, choose_architecture, read_backbone

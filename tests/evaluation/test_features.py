@@ -8,9 +8,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import features
 from data.preprocess import eval_transform
-from features import (
+from evaluation import features
+from evaluation.features import (
     POOLINGS,
     Feature,
     FeatureCache,

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import common_labels, untrained
-from features import weights_hash
+from evaluation.features import weights_hash
+from evaluation.network import common_labels, untrained
 from tests.sources import Stripes
 from utils import UsageError
 
