@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from eval_knn.eval_knn import class_votes, knn_classify, neighbours_in_chunks
+from evaluation.knn import class_votes, knn_classify, neighbours_in_chunks
 from utils import Parser, UsageError, run_cli
 
 KS = (10, 20, 100, 200)

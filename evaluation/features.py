@@ -5,11 +5,8 @@ world-th image, rows are placed by index, and a missing or doubled row is an err
 """
 
 import contextlib
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.datasets import BadImage, Source
 from models.vit import VisionTransformer
-from utils import UsageError, World, log, save_atomically, save_torch, usable_cpus
+from utils import UsageError, World, log, usable_cpus
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which feature: pure functions (network, images (batch, 3, height, width)) -> (batch, width of the feature)
@@ -79,7 +76,7 @@ OUTPUT = Feature()  # what a network returns: the one feature that those without
 def token_features(model: nn.Module, images: torch.Tensor, features: Sequence[Feature]) -> list[torch.Tensor]:
     """All ``features`` from one pass through a transformer of ours, each (batch, its width).
 
-    Of other networks only OUTPUT exists (``evaluation.chosen_features`` sees to that).
+    Of other networks only OUTPUT exists (``evaluation.network.chosen_features`` sees to that).
     """
     if set(features) == {OUTPUT}:
         return [class_token(model, images)] * len(features)
@@ -289,72 +286,3 @@ def _all_gather(part, where, rows, dim, world):
 
 def _shortened(rows: list[int], show: int = 8) -> str:
     return ", ".join(map(str, rows[:show])) + (f" and {len(rows) - show} more" if len(rows) > show else "")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Features kept in a folder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def weights_hash(model: nn.Module) -> str:
-    """sha256 over names, shapes and values of a network's state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-class FeatureCache:
-    """Normalised features of a train and a test set in a folder, in DINO's files, and a key of all that shapes them.
-
-    The key is any flat dict: weights, architecture, preprocessing, lists of images, kind of feature. Features are
-    given back only where the whole key is the same.
-    """
-
-    PARTS = ("trainfeat", "testfeat", "trainlabels", "testlabels")
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-
-    def difference(self, key: dict) -> str:
-        """Why the features in the folder are not those of ``key``; '' when they are."""
-        if not self.folder.is_dir() or not any(self.folder.glob("*feat.pth")):
-            return "no features there yet"
-        try:
-            stored = json.loads((self.folder / "features.json").read_text())
-        except FileNotFoundError:
-            return "no features.json there: nobody knows which checkpoint these features come from"
-        except (OSError, ValueError) as error:
-            return f"features.json cannot be read ({error})"
-        differing = [name for name in {**stored, **key} if stored.get(name) != key.get(name)]
-        return "; ".join(f"{n} is {_brief(stored.get(n))} there and {_brief(key.get(n))} here" for n in differing)
-
-    def load(self, key: dict) -> tuple[torch.Tensor, ...] | None:
-        """(train features, test features, train labels, test labels), or None; the log says which and why."""
-        why, parts = self.difference(key), []
-        if not why:
-            try:
-                parts = [torch.load(self.folder / f"{part}.pth", weights_only=True) for part in self.PARTS]
-            except Exception as error:  # a damaged file fails in many ways, and is extracted again
-                why = f"a file cannot be read ({str(error).splitlines()[0]})"
-        log.info(f"features in {self.folder}: " + (f"not used, {why}" if why else "used, same network and images"))
-        return None if why else tuple(parts)
-
-    def save(self, key: dict, parts: tuple[torch.Tensor, ...]) -> None:
-        """The key is written last, so that an interrupted run leaves no key that promises too much."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "features.json").unlink(missing_ok=True)
-            for name, tensor in zip(self.PARTS, parts, strict=True):
-                save_torch(tensor.cpu(), self.folder / f"{name}.pth")
-            save_atomically(self.folder / "features.json", lambda path: path.write_text(json.dumps(key, indent=1)))
-        except OSError as error:
-            raise UsageError(f"{self.folder}: features cannot be written there: {error}") from error
-        log.info(f"features written to {self.folder}")
-
-
-def _brief(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:12] + "..."

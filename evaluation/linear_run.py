@@ -1,24 +1,17 @@
-"""A run of linear probing: what exists once, and what of it is written and read again (eval_linear/eval_linear.py)."""
+"""A run of linear probing: what exists once, and what of it is written and read again."""
 
 import argparse
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evaluation.features import CLS, Feature, weights_hash
+from evaluation.features import CLS, Feature
 from evaluation.linear_heads import Probe, Recipe, best_head, cosine_factor, restore_heads, saved_heads
-from evaluation.network import (
-    common_labels,
-    crop_and_resize,
-    log_before,
-    open_train_and_test,
-    refuse_another_run,
-    save_run,
-    write_result,
-)
-from models.checkpoints import Network
+from evaluation.results import write_result
+from evaluation.run import Run, log_before, refuse_another_run, save_run
+from models.checkpoints import weights_hash
 from models.safe_load import load_file
-from utils import UsageError, World, barrier, log
+from utils import barrier, log
 
 SWEEP_LRS = [digit * 10.0**exponent for exponent in range(-4, 1) for digit in range(1, 10)]
 SWEEP_DECAYS, SWEEP_OPTIMIZERS = (0.0, 1e-6), ("sgd", "lars")
@@ -33,35 +26,13 @@ def sweep_recipes(lr_only: bool) -> list[Recipe]:
     return [Recipe(lr, wd, name) for lr in SWEEP_LRS for wd in SWEEP_DECAYS for name in SWEEP_OPTIMIZERS]
 
 
-class Sets:
-    """Training and test images, what happens to them, and their labels under common class numbers."""
-
-    def __init__(self, args: argparse.Namespace, network: Network):
-        self.train, self.test = open_train_and_test(args.data_path, args.subset)
-        self.train_labels, self.test_labels = common_labels(self.train, self.test)
-        self.crop_size, self.resize_size = crop_and_resize(args, network)
-        self.classes = args.num_labels or len(self.train.class_names)
-        if self.classes < len(self.train.class_names):
-            raise UsageError(
-                f"--num_labels {self.classes}: {self.train.name} has {len(self.train.class_names)} classes"
-            )
-
-
-@dataclass
-class Run:
-    """Everything that exists once per run, and what it has reached."""
-
-    args: argparse.Namespace
-    world: World
-    network: Network
-    sets: Sets
+@dataclass(kw_only=True)
+class LinearRun(Run):
     features: list[Feature]
     recipes: list[Recipe]  # as asked for: learning rates at 256 images per step
     probe: Probe  # every feature with every recipe, in this order
-    best: dict | None = None  # the epoch and the head with the highest accuracy so far
     best_acc_sweep_lr_only: float = 0.0
     peaks: list[float] = field(default_factory=list)  # highest accuracy of every head so far
-    unreadable: set[str] = field(default_factory=set)  # names of training images that were told
 
     @property
     def heads(self) -> list[dict]:
@@ -82,7 +53,7 @@ class Run:
         return f"{feature}, lr {recipe.lr:g}{extras}"
 
 
-def log_line(run: Run, epoch: int, losses: list[float], tests: list[dict] | None) -> dict:
+def log_line(run: LinearRun, epoch: int, losses: list[float], tests: list[dict] | None) -> dict:
     """A line of log.txt: DINO's keys, of the best head of this epoch; of several heads ``heads`` holds each one's."""
     factor = cosine_factor(epoch, run.args.epochs)
     rows = [
@@ -106,7 +77,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def options_of_trajectory(run: Run) -> dict:
+def options_of_trajectory(run: LinearRun) -> dict:
     """What a run must have in common with the one it continues."""
     args, sets = run.args, run.sets
     return {
@@ -125,7 +96,7 @@ def best_path(args: argparse.Namespace) -> Path:
     return Path(args.output_dir) / f"checkpoint_{args.checkpoint_key}_linear.pth"
 
 
-def save(run: Run, epoch: int, lines: list[dict], is_best: bool) -> None:
+def save(run: LinearRun, epoch: int, lines: list[dict], is_best: bool) -> None:
     """log.txt, the best heads where these are, and what the run is continued from, in this order."""
     if run.world.rank == 0:
         folder = Path(run.args.output_dir)
@@ -140,7 +111,7 @@ def save(run: Run, epoch: int, lines: list[dict], is_best: bool) -> None:
     barrier()
 
 
-def resume(run: Run) -> tuple[int, list[dict]]:
+def resume(run: LinearRun) -> tuple[int, list[dict]]:
     """Continue from --load_from, else from the run in --output_dir: (epoch to begin with, lines of log.txt so far).
 
     Raises UsageError when that run is another one, naming every difference.
@@ -165,7 +136,7 @@ def resume(run: Run) -> tuple[int, list[dict]]:
     return epoch, log_before(folder, epoch)
 
 
-def report(run: Run) -> None:
+def report(run: LinearRun) -> None:
     """The table of all heads, the JSON, and the originals' last line."""
     best = run.best
     if len(run.probe) > 1:
@@ -176,13 +147,11 @@ def report(run: Run) -> None:
         numbers |= {"epoch": best["epoch"], "head": run.heads[best["head"]], "epochs": run.args.epochs}
         numbers["heads"] = [head | {"top1": peak} for head, peak in peaks]
     if run.world.rank == 0:
-        data = f"{run.sets.train.name}; {run.sets.test.name}"
-        path = write_result(run.args.output_dir, "eval_linear", run.network, run.args.checkpoint_key, data, numbers)
-        log.info(f"written to {path}")
+        write_result(run.args, "eval_linear", run.network, run.sets, numbers)
     log.info(f"Top-1 test accuracy: {best['acc1']:.1f}")
 
 
-def table(run: Run) -> str:
+def table(run: LinearRun) -> str:
     """A line per head, best last."""
     order = sorted(range(len(run.probe)), key=lambda head: (run.peaks[head], head))
     names = {head: run.describe(head) for head in order}

@@ -9,6 +9,7 @@ and its tensors get the names of models/vit.py and models/swin.py there. A backb
 """
 
 import argparse
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,6 +223,16 @@ class Network(NamedTuple):
     def label(self) -> str:
         """``vit_small/16``: as tables name it."""
         return f"{self.arch}/{self.arguments['patch_size']}" if "patch_size" in self.arguments else self.arch
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over names, shapes and values of a network's state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def network_from_file(

@@ -8,9 +8,10 @@ import torch
 
 from data.datasets import ALL, Source, SubsetSource, training_path
 from data.preprocess import eval_transform
-from eval_knn.eval_knn import as_numbers, knn_classify
 from evaluation.features import MEAN, extract_features, labels_of
-from evaluation.network import chosen_features, common_labels, open_train_and_test
+from evaluation.knn import as_numbers, knn_classify
+from evaluation.network import chosen_features
+from evaluation.sets import common_labels, open_train_and_test
 from models.checkpoints import Network
 from utils import UsageError, World, log
 

@@ -6,9 +6,8 @@ import sys
 import pytest
 import torch
 
-from eval_finetuning import eval_finetuning
 from eval_finetuning.eval_finetuning import main
-from evaluation import network as evaluation
+from evaluation import finetune, sets
 from models import build_backbone
 from tests.eval_knn.test_eval_knn import micro
 from tests.eval_linear.test_eval_linear import assert_same, lines_of, saved
@@ -26,7 +25,7 @@ def tune(monkeypatch, tmp_path, capsys):
 
     def run(*arguments: object, out: str = "out", epochs: int = 2, bad: tuple[int, ...] = ()) -> tuple[int, str, str]:
         monkeypatch.setattr(
-            evaluation,
+            sets,
             "open_source",
             lambda path, subset=None, split="train", start=0: Stripes(
                 6, 6, int(split != "train"), bad=bad * (split == "train")
@@ -89,17 +88,17 @@ def test_it_learns_and_leaves_the_originals_files(tune, tmp_path):
 def test_every_kind_of_network_and_mixture_trains_and_continues_exactly(tune, monkeypatch, tmp_path, options):
     options = ("--finetune", micro(tmp_path), *options)
     assert tune(*options, out="whole", epochs=3)[0] == 0
-    train_one_epoch = eval_finetuning.train_one_epoch
+    train_one_epoch = finetune.train_one_epoch
 
     def stop_in_the_third(run, pieces, epoch):
         if epoch == 2:
             raise KeyboardInterrupt
         return train_one_epoch(run, pieces, epoch)
 
-    monkeypatch.setattr(eval_finetuning, "train_one_epoch", stop_in_the_third)
+    monkeypatch.setattr(finetune, "train_one_epoch", stop_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         tune(*options, out="parts", epochs=3)
-    monkeypatch.setattr(eval_finetuning, "train_one_epoch", train_one_epoch)
+    monkeypatch.setattr(finetune, "train_one_epoch", train_one_epoch)
     assert saved(tmp_path / "parts", FINAL)["epoch"] == 1
     code, said, error = tune(*options, "--num_workers", 1, out="parts", epochs=3)
     assert code == 0 and "at epoch 2 of 3" in said, error

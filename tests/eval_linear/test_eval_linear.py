@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval_linear import eval_linear
 from eval_linear.eval_linear import main
-from evaluation import network as evaluation
+from evaluation import linear, sets
 from evaluation.linear_heads import heads_of
 from models import build_backbone
 from models.checkpoints import read_backbone
@@ -27,7 +26,7 @@ def probe(monkeypatch, tmp_path, capsys):
     def run(*arguments: object, out: str = "out", stripes: bool = True) -> tuple[int, str, str]:
         if stripes:
             monkeypatch.setattr(
-                evaluation,
+                sets,
                 "open_source",
                 lambda path, subset=None, split="train", start=0: Stripes(6, 7, int(split != "train")),
             )
@@ -123,7 +122,7 @@ def test_of_several_heads_the_best_is_evaluated_on_its_own_feature(probe, tmp_pa
 
 def test_the_full_sweep_of_ibot_runs_and_fewer_than_five_classes_have_no_top_five(probe, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        evaluation,
+        sets,
         "open_source",
         lambda path, subset=None, split="train", start=0: Stripes(4, 4, int(split != "train")),
     )
@@ -166,17 +165,17 @@ def test_a_head_that_stands_beside_its_backbone_is_evaluated(probe, tmp_path):
 def test_a_run_that_was_interrupted_ends_with_the_same_bits(probe, monkeypatch, tmp_path):
     options = ("--pretrained_weights", micro(tmp_path), "--n_last_blocks", 1, 2, "--lr", 0.1, 0.4, "--epochs", 4)
     assert probe(*options, out="whole")[0] == 0
-    train_one_epoch = eval_linear.train_one_epoch
+    train_one_epoch = linear.train_one_epoch
 
     def stop_in_the_third(run, loader, pieces, epoch):
         if epoch == 2:
             raise KeyboardInterrupt
         return train_one_epoch(run, loader, pieces, epoch)
 
-    monkeypatch.setattr(eval_linear, "train_one_epoch", stop_in_the_third)
+    monkeypatch.setattr(linear, "train_one_epoch", stop_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         probe(*options, out="parts")
-    monkeypatch.setattr(eval_linear, "train_one_epoch", train_one_epoch)
+    monkeypatch.setattr(linear, "train_one_epoch", train_one_epoch)
     assert saved(tmp_path / "parts")["epoch"] == 2
     code, said, _ = probe(*options, out="parts")
     assert code == 0 and "at epoch 2 of 4" in said
@@ -313,7 +312,7 @@ def test_a_published_head_of_dino_is_tested(probe, tmp_path):
 
 def test_an_unreadable_training_image_is_replaced_and_counted(probe, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        evaluation,
+        sets,
         "open_source",
         lambda path, subset=None, split="train", start=0: Stripes(bad=(3,) * (split == "train")),
     )

@@ -1,11 +1,7 @@
-import numpy as np
-import pytest
 import torch
 
-from evaluation.features import weights_hash
-from evaluation.network import common_labels, untrained
-from tests.sources import Stripes
-from utils import UsageError
+from evaluation.network import untrained
+from models.checkpoints import weights_hash
 
 
 def test_untrained_networks_are_the_same_every_time_and_disturb_no_generator():
@@ -14,15 +10,3 @@ def test_untrained_networks_are_the_same_every_time_and_disturb_no_generator():
     assert torch.equal(torch.get_rng_state(), state)
     assert weights_hash(first) == weights_hash(second)
     assert weights_hash(untrained("vit_micro", {"patch_size": 16}, seed=1)) != weights_hash(first)
-
-
-def test_classes_are_matched_by_name_and_not_by_number():
-    train, test = Stripes(4, 2), Stripes(2, 2)
-    test.class_names = ["class3", "class1"]
-    assert [labels.tolist() for labels in common_labels(train, test)] == [train.labels.tolist(), [3, 1, 3, 1]]
-    test.class_names = ["class3", "dog"]
-    with pytest.raises(UsageError, match=r"1 classes are not in .*such as dog"):
-        common_labels(train, test)
-    test.labels = np.array([-1, 0, 1, 0])
-    with pytest.raises(UsageError, match="without a class"):
-        common_labels(train, test)

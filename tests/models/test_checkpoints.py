@@ -18,6 +18,7 @@ from models.checkpoints import (
     main,
     network_from_file,
     read_backbone,
+    weights_hash,
 )
 from models.layouts import (
     NAME_OF_SHAPE,
@@ -479,3 +480,12 @@ def test_a_converted_file_loads_into_the_timm_model_of_its_name(tmp_path):
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(path)).eval()
     images = torch.randn(1, 3, 224, 224)
     torch.testing.assert_close(theirs(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_one_changed_weight_changes_the_hash():
+    model = build_backbone("vit_micro", patch_size=16)
+    before = weights_hash(model)
+    assert weights_hash(model) == before
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.bias[3] += 1e-6
+    assert weights_hash(model) != before

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from eval_knn.eval_knn import bank_rows, class_votes, knn_classify, mean_accuracies, neighbours_in_chunks
+from evaluation.knn import bank_rows, class_votes, knn_classify, mean_accuracies, neighbours_in_chunks
 from tests.parity import Case
 
 

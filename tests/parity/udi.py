@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from eval_knn.eval_knn import class_votes, knn_classify, neighbours_in_chunks
 from evaluation.features import Feature, class_token, pool_tokens
+from evaluation.knn import class_votes, knn_classify, neighbours_in_chunks
 from evaluation.linear_heads import LinearHeads, Probe, Recipe, cosine_factor
 from methods.base import Clock
 from methods.heads import DINOHead

@@ -1,0 +1,236 @@
+"""Fine-tuning a network: built, trained, tested."""
+
+import argparse
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from data.finetune_views import FinetuneViews
+from data.loader import steps_per_epoch
+from data.preprocess import MEAN, STD, eval_transform
+from evaluation.finetune_network import build_network
+from evaluation.finetune_run import FinetuneRun, load_to_test, open_writer, resume, save, write_scalars
+from evaluation.finetune_steps import Stepper, drop_path_draws, mix, seed_dropout, smoothed, soft_cross_entropy
+from evaluation.run import tell_replaced, tell_unreadable, test_batches, test_means, training_pieces
+from models.checkpoints import weights_hash
+from models.finetuned import layer_decay_groups
+from utils import UsageError, World, all_reduce_sum, autocast, batch_dtype, cosine_scheduler, log
+
+LINES_EVERY = 10  # steps
+
+
+def build_run(args: argparse.Namespace, world: World) -> FinetuneRun:
+    network, sets = build_network(args)
+    images = args.batch_size_per_gpu * args.update_freq * world.size
+    niter = 1 if args.eval else steps_per_epoch(len(sets.train), images)
+    if args.warmup_steps > niter * args.epochs and not args.eval:
+        raise UsageError(f"--warmup_steps {args.warmup_steps}: longer than the {niter * args.epochs} steps of training")
+    start = weights_hash(network.model)[:16]
+    model = network.model.to(world.device, batch_dtype(args.precision))
+    groups = layer_decay_groups(
+        model, args.layer_decay, args.weight_decay, not args.disable_weight_decay_on_rel_pos_bias
+    )
+    stepper = Stepper(model, groups, args.opt_betas, args.opt_eps, args.clip_grad, args.precision == "fp16")
+    log.info(str(sets))
+    run = FinetuneRun(
+        args=args,
+        world=world,
+        network=network,
+        sets=sets,
+        model=model,
+        stepper=stepper,
+        niter=niter,
+        lr=learning_rates(args, niter),
+        weight_decay=cosine_scheduler(args.weight_decay, final_decay(args), args.epochs, niter).tolist(),
+        mixup=build_mixup(args, sets.classes),
+        start=start,
+    )
+    log.info(f"{run.n_parameters / 1e6:.2f} M parameters, {images} images per step, {niter} steps per epoch")
+    if args.model_ema:
+        from timm.utils import ModelEmaV3
+
+        run.ema = ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    if world.size > 1 and not args.eval:
+        on_gpu = {"device_ids": [world.device.index]} if world.device.type == "cuda" else {}
+        run.model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, **on_gpu)
+    return run
+
+
+def learning_rates(args: argparse.Namespace, niter: int) -> list[float]:
+    """Of the head, for every step of the run."""
+    if args.eval:
+        return []
+    warmup = {"warmup_epochs": args.warmup_epochs, "warmup_steps": args.warmup_steps}
+    return cosine_scheduler(args.lr, args.min_lr, args.epochs, niter, **warmup).tolist()
+
+
+def final_decay(args: argparse.Namespace) -> float:
+    return args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+
+
+def build_mixup(args: argparse.Namespace, classes: int):  # noqa: ANN201 (timm is imported where it is used)
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        return None
+    from timm.data import Mixup
+
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=classes,
+    )
+
+
+def normalisation(args: argparse.Namespace) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation of every colour."""
+    return (MEAN, STD) if args.imagenet_default_mean_and_std else ((0.5,) * 3, (0.5,) * 3)
+
+
+def train_views(args: argparse.Namespace, size: int) -> FinetuneViews:
+    jitter, policy = args.color_jitter or None, args.aa if args.aa.lower() not in ("", "none") else None
+    options = (args.train_interpolation, args.reprob, args.remode, args.recount)
+    return FinetuneViews(size, *normalisation(args), jitter, policy, *options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and testing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(run: FinetuneRun) -> None:
+    args = run.args
+    start, lines = resume(run)
+    _, pieces = training_pieces(run, train_views(args, run.sets.crop_size), start, pieces=args.update_freq)
+    if start < args.epochs:
+        open_writer(run, start)
+    for epoch in range(start, args.epochs):
+        line = train_one_epoch(run, pieces, epoch)
+        improved = False
+        if not args.disable_eval_during_finetuning or epoch == args.epochs - 1:
+            improved = judge(run, epoch, test(run))
+            line |= {f"test_{name}": value for name, value in run.last.items()}
+            write_scalars(run, (epoch + 1) * run.niter, {f"perf/test_{name}": run.last[name] for name in run.last})
+        lines.append(line | {"epoch": epoch, "n_parameters": run.n_parameters})
+        save(run, epoch, lines, is_best=improved)
+    if run.writer is not None:
+        run.writer.close()
+
+
+def train_one_epoch(run: FinetuneRun, pieces: Iterator[dict], epoch: int) -> dict:
+    """The epoch's line of log.txt: means over its steps, rates of its last."""
+    args, device = run.args, run.world.device
+    labels = run.sets.train_labels.to(device)
+    run.model.train()
+    totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, correct, unreadable images, gradient norm
+    since, per_step = time.monotonic(), args.batch_size_per_gpu * args.update_freq * run.world.size
+    for step in range(run.niter):
+        iteration, step_loss = epoch * run.niter + step, 0.0
+        for number in range(args.update_freq):
+            piece = next(pieces)
+            last = number == args.update_freq - 1
+            alone = contextlib.nullcontext() if last or run.world.size == 1 else run.model.no_sync()
+            with alone:
+                loss, correct = loss_of(run, piece, labels[piece["indices"]], iteration)
+                run.stepper.backward(loss / args.update_freq)
+            step_loss = step_loss + loss.detach() / args.update_freq
+            totals[1] += correct
+            totals[2] += tell_unreadable(run, piece["bad"])
+        norm = run.stepper.step(run.lr[iteration], run.weight_decay[iteration])
+        if run.ema is not None:
+            run.ema.update(run.network.model)
+        totals[0] += step_loss
+        totals[3] += norm.nan_to_num(posinf=0.0)  # a scaled step that overflowed was left out
+        if step % LINES_EVERY == 0 or step == run.niter - 1:
+            rate = (step + 1) * per_step / (time.monotonic() - since)
+            show(run, epoch, step, float(step_loss), float(norm), rate)
+    loss, correct, unreadable, norm = all_reduce_sum(totals).tolist()
+    tell_replaced(unreadable)
+    scale, steps = 1 / (run.niter * run.world.size), epoch * run.niter + run.niter - 1
+    lowest = min(group["lr_scale"] for group in run.stepper.optimizer.param_groups)
+    line = {"train_lr": run.lr[steps], "train_min_lr": run.lr[steps] * lowest, "train_loss": loss * scale}
+    if run.mixup is None:
+        line["train_class_acc"] = correct / (run.niter * per_step)
+    if run.stepper.scaler is not None:
+        line["train_loss_scale"] = run.stepper.scaler.get_scale()
+    return line | {"train_weight_decay": run.weight_decay[steps], "train_grad_norm": norm * scale}
+
+
+def loss_of(run: FinetuneRun, piece: dict, labels: torch.Tensor, iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean loss over a piece, and how many of its images are classified correctly (0 where they are mixed)."""
+    args, first = run.args, piece["first_sample"]
+    images = piece["images"].to(batch_dtype(args.precision))
+    if run.mixup is None:
+        targets = smoothed(labels, run.sets.classes, args.smoothing)
+    else:
+        images, targets = mix(run.mixup, images, labels, (args.seed, iteration, first))
+    draws = None
+    if args.drop_path > 0:
+        draws = drop_path_draws(run.network.model.depth, len(images), args.seed, iteration, first)
+    if args.drop or args.attn_drop_rate:
+        seed_dropout(args.seed, iteration, first)
+    with autocast(args.precision, run.world.device):
+        logits = run.model(images, draws)
+    correct = torch.zeros((), device=logits.device)
+    if run.mixup is None:
+        correct = (logits.argmax(dim=1) == labels).sum()
+    return soft_cross_entropy(logits, targets), correct
+
+
+def show(run: FinetuneRun, epoch: int, step: int, loss: float, norm: float, rate: float) -> None:
+    """A line of progress, and the same in TensorBoard. Raises UsageError when the loss is not a number any more."""
+    if not math.isfinite(loss):
+        raise UsageError(f"the loss is {loss} in epoch {epoch}; lower --lr, pass --clip_grad, or --precision fp32")
+    iteration = epoch * run.niter + step
+    lr, decay = run.lr[iteration], run.weight_decay[iteration]
+    log.info(
+        f"Epoch: [{epoch}]  [{step}/{run.niter}]  lr: {lr:.6f}  loss: {loss:.4f}  grad_norm: {norm:.4f}  "
+        f"{rate:.0f} images/s"
+    )
+    values = {"loss/loss": loss, "opt/lr": lr, "opt/weight_decay": decay, "opt/grad_norm": norm}
+    write_scalars(run, iteration, values)
+
+
+@torch.no_grad()
+def test(run: FinetuneRun) -> dict:
+    """Mean loss over the test images, top-1 and (from five classes on) top-5 accuracy in percent; every image once."""
+    args, device, model = run.args, run.world.device, run.network.model.eval()
+    transform = eval_transform(run.sets.crop_size, run.sets.resize_size, "bilinear", *normalisation(args))
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for images, labels in test_batches(run, transform, int(1.5 * args.batch_size_per_gpu)):
+        with autocast(args.precision, device):
+            logits = model(images.to(batch_dtype(args.precision)))
+        sums[0] += F.cross_entropy(logits.double(), labels, reduction="sum")
+        found = logits.topk(min(5, run.sets.classes)).indices == labels[:, None]
+        sums[1] += found[:, 0].sum()
+        sums[2] += found.sum()
+    return {name: float(value) for name, value in test_means(run, sums).items()}
+
+
+def judge(run: FinetuneRun, epoch: int, tested: dict) -> bool:
+    """Keep this epoch if it beats the best so far; whether it does."""
+    run.last = tested
+    improved = run.best is None or tested["acc1"] > run.best["acc1"]
+    if improved:
+        run.best = {"epoch": epoch, **tested}
+    log.info(
+        f"Accuracy at epoch {epoch} of the network on the {len(run.sets.test)} test images: {tested['acc1']:.1f}%; "
+        f"max accuracy so far: {run.best['acc1']:.2f}%"
+    )
+    return improved
+
+
+def evaluate(run: FinetuneRun) -> None:
+    """Test what was trained before."""
+    path = load_to_test(run)
+    judge(run, -1, test(run))
+    run.best["epoch"] = None
+    log.info(f"{path}: {run.best['acc1']:.1f}% of {len(run.sets.test)} test images")

@@ -1,0 +1,100 @@
+"""What is fine-tuned, and on which images."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from data.datasets import Source, open_source, training_path
+from evaluation.sets import Sets, open_train_and_test
+from models import ALIASES, is_swin, is_vision_transformer
+from models.adapt import load_to_finetune
+from models.checkpoints import Network, choose_architecture, read_backbone
+from models.finetuned import build_finetuned
+from models.safe_load import load_file
+from utils import UsageError, log
+
+
+def build_network(args: argparse.Namespace) -> tuple[Network, Sets]:
+    """The network to be fine-tuned, its weights from --finetune, and the images it will see."""
+    state, info, recorded = {}, None, {}
+    if args.finetune:
+        state, info = read_backbone(args.finetune, key_of(args))
+        recorded = info.arguments
+    sets = build_sets(args, recorded.get("global_crops_size"))
+    arch, arguments = architecture(args, state, info)
+    backbone = {name: arguments[name] for name in ("patch_size", "window_size") if name in arguments}
+    backbone["drop_path_rate"] = args.drop_path
+    if is_swin(arch):
+        if args.drop or args.attn_drop_rate:
+            raise UsageError(
+                f"--drop {args.drop:g} --attn_drop_rate {args.attn_drop_rate:g}: not for a Swin; leave out"
+            )
+    elif sets.crop_size % arguments["patch_size"]:
+        raise UsageError(f"--input_size {sets.crop_size}: patches of {arguments['patch_size']} pixels do not cover it")
+    transformer = {
+        "img_size": sets.crop_size,
+        "num_registers": arguments.get("num_registers", 0),
+        "init_values": args.layer_scale_init_value,
+        "use_mean_pooling": args.use_mean_pooling,
+        "abs_pos_emb": args.abs_pos_emb,
+        "rel_pos_bias": args.rel_pos_bias,
+        "drop": args.drop,
+        "attn_drop": args.attn_drop_rate,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        model = build_finetuned(arch, sets.classes, args.init_scale, backbone, transformer)
+    report = None
+    if info is None:
+        log.warning(f"NO --finetune: {arch} IS TRAINED FROM SCRATCH")
+    else:
+        report = load_to_finetune(model, state, info)
+        log.info(f"{info.path}: {info.layout.name}, {arch}: {report}")
+        for note in info.notes:
+            log.info(f"{info.path}: {note}")
+    return Network(model, arch, arguments, report), sets
+
+
+def key_of(args: argparse.Namespace) -> str:
+    """--checkpoint_key where the file has it, else the first of --model_key, as ``model|module``."""
+    file = load_file(args.finetune, mapped=True)
+    keys = [args.checkpoint_key, *args.model_key.split("|")]
+    return next((key for key in keys if isinstance(file.get(key), dict)), args.checkpoint_key)
+
+
+def architecture(args: argparse.Namespace, state: dict, info: object) -> tuple[str, dict]:
+    """Name and arguments: of --model (timm's long names too), else of the file, else vit_small/16."""
+    arch, patch_size = args.model, args.patch_size
+    if arch and "_patch" in arch:  # deit_small_patch16_224, swin_tiny_patch4_window7_224
+        arch, _, rest = arch.partition("_patch")
+        number = rest.split("_")[0]
+        if not number.isdecimal() or (patch_size or int(number)) != int(number):
+            raise UsageError(f"--model {args.model}: contradicts --patch_size {patch_size}; pass one of them")
+        patch_size = int(number)
+    arch = ALIASES.get(arch, {"deit_base": "vit_base"}.get(arch, arch))
+    if info is not None:
+        return choose_architecture(state, info, arch, patch_size, args.window_size)
+    arch = arch or "vit_small"
+    if is_vision_transformer(arch):
+        return arch, {"patch_size": patch_size or 16}
+    return arch, {"patch_size": patch_size or 4, "window_size": args.window_size or 7}
+
+
+def build_sets(args: argparse.Namespace, recorded_size: object) -> Sets:
+    """The images, at --input_size, else as the network was trained, else at 224 pixels."""
+    size = args.input_size or (recorded_size if isinstance(recorded_size, int) else 224)
+    whole = args.data_path is None or size >= 384  # a bundled tile has no border to cut off
+    resize = int(size / (args.crop_pct or (1.0 if whole else 224 / 256)))
+    return Sets(open_sets(args), (size, resize), args.nb_classes, "--nb_classes")
+
+
+def open_sets(args: argparse.Namespace) -> tuple[Source, Source]:
+    if args.eval_data_path is None:
+        return open_train_and_test(args.data_path, args.subset)
+    if args.data_path is None:
+        raise UsageError("--eval_data_path: names the test images of --data_path; pass that as well")
+    train = open_source(training_path(args.data_path), args.subset)
+    path = Path(args.eval_data_path)
+    both = all((path / part).is_dir() for part in ("train", "val"))
+    return train, open_source(str(path / "val" if both else path), split="val")

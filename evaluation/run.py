@@ -1,0 +1,123 @@
+"""Evaluations that train: what exists once per run, its images, what is written epoch by epoch, and continued."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from data.loader import TrainLoader, to_device_ahead
+from evaluation.features import batches
+from evaluation.sets import Sets
+from models.checkpoints import Network
+from utils import UsageError, World, all_reduce_sum, log, save_atomically, save_torch
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What exists once per run, and what it has reached."""
+
+    args: argparse.Namespace
+    world: World
+    network: Network
+    sets: Sets
+    best: dict | None = None  # epoch and test of the highest accuracy so far
+    unreadable: set[str] = field(default_factory=set)  # names of training images that were told
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def training_pieces(
+    run: Run, views: Callable, start: int, pieces: int = 1, drop_last: bool = True
+) -> tuple[TrainLoader, Iterator[dict]]:
+    """The training images from epoch ``start`` on, on the device; ``pieces`` batches of every process make a step."""
+    args = run.args
+    loader = TrainLoader(
+        run.sets.train,
+        views,
+        batch_size=args.batch_size_per_gpu * pieces,
+        pieces=pieces,
+        world=run.world,
+        seed=args.seed,
+        epochs=args.epochs,
+        num_workers=args.num_workers,
+        start_epoch=start,
+        drop_last=drop_last,
+    )
+    return loader, to_device_ahead(loader, run.world.device) if start < args.epochs else iter(())
+
+
+def tell_unreadable(run: Run, bad: list[tuple[str, str]]) -> int:
+    """Say of every image once why it could not be read; how many there are."""
+    for name, reason in bad:
+        if name not in run.unreadable:
+            log.warning(f"warning: {name}: {reason}")
+            run.unreadable.add(name)
+    return len(bad)
+
+
+def tell_replaced(times: float) -> None:
+    if times:
+        log.warning(f"warning: {times:.0f} times an image could not be read and another one took its place")
+
+
+def test_batches(run: Run, transform: Callable, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This process's share of the test images, and their labels, on the device."""
+    sets, device = run.sets, run.world.device
+    options = {"batch_size": batch_size, "num_workers": run.args.num_workers, "device": device}
+    for indices, images in batches(sets.test, transform, world=run.world, **options):
+        yield images, sets.test_labels[indices].to(device)
+
+
+def test_means(run: Run, sums: torch.Tensor) -> dict:
+    """From sums over this process's images of loss, true class first, and among the first five (a row each): their
+    means over all images, shares in percent. Of less than five classes there is no acc5.
+    """
+    loss, first, five = (all_reduce_sum(sums) / len(run.sets.test)).unbind()
+    return {"loss": loss, "acc1": 100 * first} | ({"acc5": 100 * five} if run.sets.classes >= 5 else {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_run(folder: Path, lines: Sequence[dict], file: dict, names: Sequence[str]) -> None:
+    """log.txt with ``lines``, then ``file`` under every one of ``names``, what is continued last: a run that dies in
+    between repeats the epoch. Raises UsageError when the disk does not take it.
+    """
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    try:
+        save_atomically(folder / "log.txt", lambda temporary: temporary.write_text(text))
+        for name in names:
+            save_torch(file, folder / name)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder}: cannot save ({error.strerror or error}); free some space") from None
+
+
+def log_before(folder: Path, epoch: int) -> list[dict]:
+    """The lines of log.txt that are of epochs before ``epoch``."""
+    path = folder / "log.txt"
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return [line for line in lines if line["epoch"] < epoch]
+
+
+def refuse_another_run(path: Path, theirs: dict, ours: dict, said: Mapping[str, str] | None = None) -> None:
+    """Raise UsageError, naming every difference, unless ``path`` belongs to a run with our options.
+
+    ``said``: what to say of options whose values would fill pages.
+    """
+    differences = [
+        (said or {}).get(name, f"{name}: {theirs.get(name)} there, {value} here")
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    ]
+    if differences:
+        raise UsageError(
+            f"{path} belongs to another run ({'; '.join(differences)}); choose another --output_dir, or move it away"
+        )
