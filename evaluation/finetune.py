@@ -16,7 +16,7 @@ from data.preprocess import MEAN, STD, eval_transform
 from evaluation.finetune_network import build_network
 from evaluation.finetune_run import FinetuneRun, load_to_test, open_writer, resume, save, write_scalars
 from evaluation.finetune_steps import Stepper, drop_path_draws, mix, seed_dropout, smoothed, soft_cross_entropy
-from evaluation.run import tell_replaced, tell_unreadable, test_batches, test_means, training_pieces
+from evaluation.run import labelled_batches, means_over_images, tell_replaced, tell_unreadable, training_pieces
 from models.checkpoints import weights_hash
 from models.finetuned import layer_decay_groups
 from utils import UsageError, World, all_reduce_sum, autocast, batch_dtype, cosine_scheduler, log
@@ -205,14 +205,14 @@ def test(run: FinetuneRun) -> dict:
     args, device, model = run.args, run.world.device, run.network.model.eval()
     transform = eval_transform(run.sets.crop_size, run.sets.resize_size, "bilinear", *normalisation(args))
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for images, labels in test_batches(run, transform, int(1.5 * args.batch_size_per_gpu)):
+    for images, labels in labelled_batches(run, transform, int(1.5 * args.batch_size_per_gpu)):
         with autocast(args.precision, device):
             logits = model(images.to(batch_dtype(args.precision)))
         sums[0] += F.cross_entropy(logits.double(), labels, reduction="sum")
         found = logits.topk(min(5, run.sets.classes)).indices == labels[:, None]
         sums[1] += found[:, 0].sum()
         sums[2] += found.sum()
-    return {name: float(value) for name, value in test_means(run, sums).items()}
+    return {name: float(value) for name, value in means_over_images(run, sums).items()}
 
 
 def judge(run: FinetuneRun, epoch: int, tested: dict) -> bool:

@@ -24,7 +24,7 @@ from evaluation.linear_run import (
     sweep_recipes,
 )
 from evaluation.network import chosen_features, network_from_options
-from evaluation.run import tell_replaced, tell_unreadable, test_batches, test_means, training_pieces
+from evaluation.run import labelled_batches, means_over_images, tell_replaced, tell_unreadable, training_pieces
 from evaluation.sets import Sets, crop_and_resize, open_train_and_test
 from models.safe_load import load_file
 from utils import UsageError, World, all_reduce_sum, log
@@ -114,9 +114,9 @@ def test(run: LinearRun) -> list[dict]:
     """Of every head: mean loss over the test images, top-1 and (from five classes on) top-5 accuracy in percent."""
     transform = eval_transform(run.sets.crop_size, run.sets.resize_size)
     sums = torch.zeros(3, len(run.probe), dtype=torch.float64, device=run.world.device)
-    for images, labels in test_batches(run, transform, run.args.batch_size_per_gpu):
+    for images, labels in labelled_batches(run, transform, run.args.batch_size_per_gpu):
         sums += run.probe.test(token_features(run.network.model, images, run.features), labels)
-    columns = {name: values.tolist() for name, values in test_means(run, sums).items()}
+    columns = {name: values.tolist() for name, values in means_over_images(run, sums).items()}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

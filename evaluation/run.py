@@ -66,7 +66,7 @@ def tell_replaced(times: float) -> None:
         log.warning(f"warning: {times:.0f} times an image could not be read and another one took its place")
 
 
-def test_batches(run: Run, transform: Callable, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def labelled_batches(run: Run, transform: Callable, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """This process's share of the test images, and their labels, on the device."""
     sets, device = run.sets, run.world.device
     options = {"batch_size": batch_size, "num_workers": run.args.num_workers, "device": device}
@@ -74,7 +74,7 @@ def test_batches(run: Run, transform: Callable, batch_size: int) -> Iterator[tup
         yield images, sets.test_labels[indices].to(device)
 
 
-def test_means(run: Run, sums: torch.Tensor) -> dict:
+def means_over_images(run: Run, sums: torch.Tensor) -> dict:
     """From sums over this process's images of loss, true class first, and among the first five (a row each): their
     means over all images, shares in percent. Of less than five classes there is no acc5.
     """
