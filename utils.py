@@ -170,7 +170,8 @@ def run_cli(main: Callable[[], int | None]) -> None:
         code = main()
     except UsageError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            lines = [escape(line) for line in f"error: {error}".split("\n")]
+            print("\n".join(lines), file=sys.stderr, flush=True)
         code = error.exit_code
     except BrokenPipeError:
         code = 141
@@ -208,6 +209,20 @@ def nearest(name: str, valid) -> str:
     """``; did you mean X?`` when something valid looks like ``name``, else an empty string."""
     match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.65)
     return f"; did you mean {match[0]}?" if match else ""
+
+
+def escape(name: str | os.PathLike) -> str:
+    """A name from a disk or an archive as it may be shown: on one line and without codes that a terminal obeys.
+
+    What cannot be printed is written as in Python's strings, bytes that are no text too. Twice is as once.
+    """
+    name = os.fspath(name)
+    return name if name.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in name)
+
+
+def _escaped(character: str) -> str:
+    undecoded = 0xDC80 <= ord(character) <= 0xDCFF  # a byte that is no text, as os.fsdecode keeps it
+    return f"\\x{ord(character) - 0xDC00:02x}" if undecoded else ascii(character)[1:-1]
 
 
 def bool_flag(text: str) -> bool:

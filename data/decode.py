@@ -19,15 +19,18 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from utils import escape
+
 # Remarks on metadata and on sizes that are still accepted would be printed by every worker
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
 
 
 class BadImage(Exception):
-    """An image that cannot be read: ``name`` says which one, ``reason`` why, in one line."""
+    """An image that cannot be read: ``name`` says which one, ``reason`` why, in one line that may be shown."""
 
     def __init__(self, name: str, reason: str):
+        name, reason = escape(name), escape(reason)
         super().__init__(name, reason)
         self.name, self.reason = name, reason
 

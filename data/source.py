@@ -28,6 +28,7 @@ class Source:
         return f"{type(self).__name__}({self.name})"
 
     def image_name(self, index: int) -> str:
+        """Which image, for people; harmless to a terminal."""
         return f"image {index} of {self.name}"
 
     def array(self, index: int) -> np.ndarray:

@@ -2,6 +2,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from utils import (
     bool_flag,
     check_writable,
     cosine_scheduler,
+    escape,
     init_world,
     make_folder,
     run_cli,
@@ -69,6 +71,30 @@ def test_a_usage_error_is_one_line_and_exit_code_2(capsys):
         run_cli(main)
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: --x 3: too large; use 2\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("photo 1.jpg", "photo 1.jpg"),
+        ("Größe/日本.png", "Größe/日本.png"),
+        ("a\nerror: b\r\t\x00", r"a\nerror: b\r\t\x00"),
+        ("\x1b[2J\x9b31m.png", r"\x1b[2J\x9b31m.png"),
+        (os.fsdecode(b"\xff\xe9.png"), r"\xff\xe9.png"),
+        ("gpj.\u202egnp", r"gpj.\u202egnp"),  # turns what follows around
+    ],
+)
+def test_a_name_is_shown_on_one_line_and_without_codes(name, shown):
+    assert escape(name) == shown == escape(escape(name)) and escape(Path(name)) == shown
+
+
+def test_an_error_obeys_no_code_in_a_name(capsys):
+    def main():
+        raise UsageError("--x \x1b]0;title\x07: a table\n  of two lines")
+
+    with pytest.raises(SystemExit):
+        run_cli(main)
+    assert capsys.readouterr().err == "error: --x \\x1b]0;title\\x07: a table\n  of two lines\n"
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
