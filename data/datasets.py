@@ -1,9 +1,11 @@
 """Sources of images: class folders, nested folders, lists of paths, zip archives, and the bundled photographs.
 
-``open_source`` is the door. A source knows names and labels of its images from an index that is made once and kept
-(data/index.py), and reads one image at a time. Sources are cheap to pickle: a worker opens the index's file anew.
+``open_source`` is the door, ``open_training`` the one for a root that may hold splits (data/splits.py). A source knows
+names and labels of its images from an index that is made once and kept (data/index.py), and reads one image at a time.
+Sources are cheap to pickle: a worker opens the index's file anew.
 """
 
+import functools
 import os
 import struct
 import zipfile
@@ -16,20 +18,26 @@ from PIL import Image
 from data.bundled import BundledTiles
 from data.decode import BadImage, decode_array, decode_pil
 from data.index import Index, cached_index
-from data.listing import EXTENSIONS, list_file, list_folder, list_zip
+from data.listing import EXTENSIONS, list_folder, list_zip, plain_splits, splits_below
+from data.lists import check_listed, list_file
 from data.source import Source
-from utils import UsageError
+from data.splits import Splits, has_splits, split_word
+from utils import UsageError, escape, log
 
-__all__ = ["EXTENSIONS", "BadImage", "Source", "open_source"]
+__all__ = ["EXTENSIONS", "BadImage", "Source", "open_source", "open_training"]
 
 
 class IndexedSource(Source):
-    """Encoded images that an index lists; ``read`` fetches the bytes of one."""
+    """Encoded images that an index lists; ``read`` fetches the bytes of one. ``inner``: the folder of an archive."""
 
-    def __init__(self, path: Path, index: Index):
+    def __init__(self, path: Path, index: Index, inner: str = ""):
         self.path, self.index = path, index
-        classes = f", {len(index.class_names)} classes" if index.class_names else ""
-        self.name = f"{path} ({len(index)} images{classes})"
+        self.name = f"{escape(path / inner)} ({self.size})"
+
+    @property
+    def size(self) -> str:
+        classes = f", {len(self.index.class_names)} classes" if self.index.class_names else ""
+        return f"{len(self.index)} images{classes}"
 
     @property
     def labels(self) -> np.ndarray:
@@ -57,20 +65,22 @@ class IndexedSource(Source):
 class FileSource(IndexedSource):
     """Files whose names are relative to ``root`` (or absolute)."""
 
-    def __init__(self, path: Path, index: Index, root: Path):
-        super().__init__(path, index)
+    def __init__(self, path: Path, index: Index, root: Path, inner: str = ""):
+        super().__init__(path, index, inner)
         self.root = str(root)
 
     def image_name(self, index: int) -> str:
+        return escape(self._file(index))
+
+    def _file(self, index: int) -> str:
         return os.path.join(self.root, self.index.names[index])
 
     def read(self, index: int) -> bytes:
-        name = self.image_name(index)
         try:
-            with open(name, "rb") as file:
+            with open(self._file(index), "rb") as file:
                 return file.read()
         except (OSError, ValueError) as error:  # ValueError: a NUL in a listed name
-            raise BadImage(name, getattr(error, "strerror", None) or str(error)) from error
+            raise BadImage(self.image_name(index), getattr(error, "strerror", None) or str(error)) from error
 
 
 class ZipSource(IndexedSource):
@@ -80,15 +90,15 @@ class ZipSource(IndexedSource):
     them depends on another's file.
     """
 
-    def __init__(self, path: Path, index: Index):
-        super().__init__(path, index)
+    def __init__(self, path: Path, index: Index, inner: str = ""):
+        super().__init__(path, index, inner)
         self._archive, self._pid = None, None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_archive": None, "_pid": None}
 
     def image_name(self, index: int) -> str:
-        return f"{self.path}/{self.index.names[index]}"
+        return escape(f"{self.path}/{self.index.names[index]}")
 
     def read(self, index: int) -> bytes:
         offset, packed_size, size, method, checksum = self.index.places[index].tolist()
@@ -149,11 +159,62 @@ class SubsetSource(Source):
         return self.source.pil(self.positions[index])
 
 
-def training_path(data_path: str | None) -> str | None:
-    """Where the training images are: ``data_path`` itself, or its train/ where it holds both train/ and val/."""
-    if data_path is not None and all((Path(data_path) / part).is_dir() for part in ("train", "val")):
-        return str(Path(data_path) / "train")
-    return data_path
+SPLITS = ("train", "all")  # --split: what of a root that holds splits is trained on
+
+
+def training_path(data_path: str | None, split: str = "train") -> str | None:
+    """Where the training images are: ``data_path`` itself or, of a root that holds splits, the folder for training."""
+    if data_path is None or split == "all":
+        return data_path
+    path = Path(os.path.abspath(data_path))
+    splits, _ = _splits(path)
+    name = splits.train(path)
+    return data_path if name is None else str(splits.path(path, name))
+
+
+def train_and_test_paths(data_path: str, watched: bool = False, listed: bool = True) -> tuple[str, str]:
+    """Where a root that holds splits has its training and its test images. Raises UsageError where it holds none.
+
+    ``watched``: for a look during training, see ``Splits.test``. ``listed``: whether a folder may be listed to find
+    them; one that the user did not name may be anything.
+    """
+    path = Path(os.path.abspath(data_path))
+    if os.path.isdir(path) and (plain_splits(path) or split_word(path.name) or not listed):
+        splits = splits_below(path) or Splits()
+    else:
+        splits, _ = _splits(path)
+    train, test = splits.train(path), splits.test(path, watched)
+    if train is None or test is None:
+        half = "val/ or test/ beside train/" if os.path.isdir(path / "train") else "train/ and val/ (or test/)"
+        above = f"; pass {escape(path.parent)}" if has_splits(plain_splits(path.parent)) else ""
+        raise UsageError(f"--data_path {escape(data_path)}: has no {half} with a folder per class{above}")
+    return str(splits.path(path, train)), str(splits.path(path, test))
+
+
+def testing_path(data_path: str) -> str:
+    """Where the test images are: ``data_path`` itself or, of a root that holds splits, the folder for testing."""
+    path = Path(os.path.abspath(data_path))
+    splits, _ = _splits(path)
+    name = splits.test(path)
+    return data_path if name is None else str(splits.path(path, name))
+
+
+def open_training(data_path: str | None, subset: int | None = None, split: str = "train") -> Source:
+    """The images to be trained on; of a root that holds splits a line in the log says which, and what is left alone.
+
+    ``split``: one of SPLITS. The rest is as for ``open_source``.
+    """
+    if data_path is None or split == "all":
+        return open_source(data_path, subset)
+    check_subset(subset)
+    path = Path(os.path.abspath(data_path))
+    splits, index = _splits(path)
+    name = splits.train(path)
+    if name is None:
+        return _subset_of(_open_path(path, index), subset)
+    source = _open_path(splits.path(path, name))
+    log.info("training on %s/ (%s), %s left alone", escape(name), source.size, splits.left_alone(name))
+    return _subset_of(source, subset)
 
 
 def open_source(data_path: str | None, subset: int | None = None, split: str = "train", start: int = 0) -> Source:
@@ -162,14 +223,15 @@ def open_source(data_path: str | None, subset: int | None = None, split: str = "
     A folder is read as torchvision's ImageFolder reads it: the first folder below it is the class. When an image lies
     in the folder itself, the folder has no classes. A zip likewise, after the folders that all its images share.
     Any other file lists paths, one per line, absolute or relative to the list, optionally followed by a tab and a
-    label. ``subset``: that many images of every class from image ``start`` on; None or -1 is all. With several
-    processes, all of them have to call this.
+    label. A path may go on inside: images.zip/data/train, or list.txt/imagenet/train for what is listed below
+    /imagenet/train. ``subset``: that many images of every class from image ``start`` on; None or -1 is all. With
+    several processes, all of them have to call this.
 
     Raises UsageError.
     """
     check_subset(subset)
     source = BundledTiles(split=split) if data_path is None else _open_path(Path(os.path.abspath(data_path)))
-    return source if subset in (None, ALL) else SubsetSource(source, subset, start)
+    return _subset_of(source, subset, start)
 
 
 def check_subset(subset: int | None) -> None:
@@ -178,16 +240,62 @@ def check_subset(subset: int | None) -> None:
         raise UsageError(f"--subset {subset}: it counts images per class, so it has to be at least 1 ({ALL}: all)")
 
 
-def _open_path(path: Path) -> Source:
-    if not path.exists():
-        missing = next(parent for parent in (path, *path.parents) if parent.parent.exists())
-        what = "no such path" if missing == path else f"{missing} does not exist"
-        raise UsageError(f"--data_path {path}: {what}; pass a folder, a .txt list or a .zip of images")
-    if path.is_dir():
-        return FileSource(path, cached_index(path, path, lambda: list_folder(path)), root=path)
-    if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
-        return ZipSource(path, cached_index(path, path.parent, lambda: list_zip(path)))
-    return FileSource(path, cached_index(path, path.parent, lambda: list_file(path)), root=path.parent)
+def _subset_of(source: Source, subset: int | None, start: int = 0) -> Source:
+    return source if subset in (None, ALL) else SubsetSource(source, subset, start)
+
+
+def _splits(path: Path) -> tuple[Splits, Index | None]:
+    """What of ``path`` is for training and for testing, and the index of all of it where one had to be opened."""
+    if os.path.isdir(path) and (splits := splits_below(path)):
+        return splits, None
+    index = _index(path)
+    return index.splits, index
+
+
+def _open_path(path: Path, index: Index | None = None) -> Source:
+    index = _index(path) if index is None else index
+    place, inner = _place(path)
+    notes = index.notes
+    if os.path.isdir(place):
+        source = FileSource(path, index, root=path)
+    elif _is_zip(place):
+        source = ZipSource(place, index, inner)
+    else:
+        source = FileSource(place, index, place.parent, inner)
+        notes = notes + check_listed(place, index)
+    for note in notes:
+        _say_once(note)
+    return source
+
+
+def _index(path: Path) -> Index:
+    place, inner = _place(path)
+    if os.path.isdir(place):
+        return cached_index(path, path, lambda: list_folder(path))
+    build = list_zip if _is_zip(place) else list_file
+    return cached_index(path, place.parent, lambda: build(place, inner))
+
+
+def _place(path: Path) -> tuple[Path, str]:
+    """A folder or a file, and what of ``path`` is inside that file. Raises UsageError."""
+    if os.path.exists(path):
+        return path, ""
+    there = next(parent for parent in path.parents if os.path.exists(parent))
+    if os.path.isfile(there):
+        return there, path.relative_to(there).as_posix()
+    missing = next(parent for parent in (path, *path.parents) if parent.parent == there)
+    what = "no such path" if missing == path else f"{escape(missing)} does not exist"
+    raise UsageError(f"--data_path {escape(path)}: {what}; pass a folder, a .txt list or a .zip of images")
+
+
+def _is_zip(file: Path) -> bool:
+    return file.suffix.lower() == ".zip" or zipfile.is_zipfile(file)
+
+
+@functools.cache
+def _say_once(note: str) -> None:
+    """A training opens its images once to learn from them and once more for the k-NN."""
+    log.warning(note)
 
 
 def images_per_class(labels: np.ndarray, count: int, start: int = 0) -> np.ndarray:
@@ -208,6 +316,6 @@ def _check_classes(source: Source, per_class: int, start: int, fewer: bool) -> N
         raise UsageError(f"--subset {per_class} takes images of every class, but {source.name} has some without label")
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < start + per_class and not fewer:
-        few = source.class_names[classes[counts.argmin()]]
+        few = escape(source.class_names[classes[counts.argmin()]])
         needed = f"{start + per_class} are needed" + f" to begin at {start}" * (start > 0)
         raise UsageError(f"--subset {per_class}: class {few} of {source.name} has only {counts.min()} images, {needed}")

@@ -13,15 +13,18 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from data.splits import Splits
 from utils import barrier, log, save_atomically
 
-MAGIC = b"tutelage index 1"
+MAGIC = b"tutelage index 2"
 ALIGNMENT = 64
+MISSING = -1  # the modification time of what was not there
 
 
 class Strings:
@@ -50,7 +53,8 @@ class Index:
     ``names``: Strings relative to the data set's root. ``labels``: (images,) int64, -1 where unknown.
     ``places``: (images, columns) int64, where the images lie in an archive; (0, 0) for files.
     ``stamps``: what was looked at, relative to the root, with (stamps, 2) modification time in ns and size in bytes;
-    a size of -1 (folders) is not compared.
+    a size of -1 (folders) is not compared, and a time of MISSING holds as long as there is nothing.
+    ``splits``: whether the data set holds some. ``notes``: lines for the user, to be said whenever the index is used.
     """
 
     def __init__(
@@ -62,11 +66,14 @@ class Index:
         stamps: np.ndarray,
         places: np.ndarray | None = None,
         fingerprint: str | None = None,
+        splits: Splits | None = None,
+        notes: Sequence[str] = (),
     ):
         self.names, self.labels, self.class_names = names, labels, class_names
         self.stamp_names, self.stamps = stamp_names, stamps
         self.places = np.zeros((0, 0), np.int64) if places is None else places
         self.fingerprint = fingerprint or _fingerprint(names)
+        self.splits, self.notes = splits or Splits(), list(notes)
         self.file: Path | None = None
 
     def __len__(self) -> int:
@@ -85,7 +92,9 @@ class Index:
             try:
                 now = os.stat(root / self.stamp_names[position])
             except OSError:
-                return False
+                if modified != MISSING:
+                    return False
+                continue
             if now.st_mtime_ns != modified or (size >= 0 and now.st_size != size):
                 return False
         return True
@@ -107,7 +116,13 @@ class Index:
         for name, array in arrays.items():
             layout[name] = (array.dtype.str, array.shape, position)
             position += _aligned(array.nbytes)
-        header = {"class_names": self.class_names, "fingerprint": self.fingerprint, "arrays": layout}
+        header = {
+            "class_names": self.class_names,
+            "fingerprint": self.fingerprint,
+            "splits": asdict(self.splits),
+            "notes": self.notes,
+            "arrays": layout,
+        }
         head = json.dumps(header).encode()
         head = MAGIC + struct.pack("<Q", len(head)) + head
 
@@ -143,6 +158,8 @@ class Index:
             stamps=array("stamps"),
             places=array("places"),
             fingerprint=header["fingerprint"],
+            splits=Splits(**header["splits"]),
+            notes=header["notes"],
         )
         index.file = file
         return index

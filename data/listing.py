@@ -1,15 +1,23 @@
-"""Listing images: which ones a folder, a zip or a text file holds, in ImageFolder's order, with their classes."""
+"""Listing images: which ones a folder or a zip holds, in ImageFolder's order, with their classes.
 
+Hidden and system names are passed over in both; only names below the root count, which may be hidden itself. What else
+is passed over are links that lead nowhere or in a circle, and what is no file. The index keeps a note of it.
+"""
+
+import errno
 import os
 import stat
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from data.index import Index, Strings
-from utils import UsageError, log
+from data.index import MISSING, Index, Strings
+from data.splits import WORDS, Splits, find_splits, has_splits, split_names
+from utils import UsageError, escape
 
 # torchvision's ImageFolder, then what else Pillow reads
 EXTENSIONS = (
@@ -17,27 +25,82 @@ EXTENSIONS = (
     ".gif", ".jfif", ".jpe", ".jp2", ".pnm", ".pbm", ".avif",
 )  # fmt: skip
 
+# What systems put beside a user's images without a leading dot, in lower case
+SYSTEM_NAMES = (
+    "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini",
+    "$recycle.bin", "system volume information", "lost+found",
+)  # fmt: skip
+
+SHOWN = 5  # names in a note
+ENOUGH = 1000  # entries of a folder that tell whether it holds folders or a million images
+WATCHED = 100  # links to nowhere that are looked at again at every start: where a drive was missing, any of them tells
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no data, whoever put it there."""
+    return (name.startswith(".") and name not in (".", "..")) or name.lower() in SYSTEM_NAMES
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+@dataclass
+class PassedOver:
+    """What was found and is not listed, relative to the root; ``nowhere``: links whose target may yet appear."""
+
+    hidden: list[str] = field(default_factory=list)
+    nowhere: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+
+    def notes(self, root: Path) -> list[str]:
+        """A line for every kind, with the number and the first names."""
+        kinds = (
+            (self.hidden, "hidden or system files and folders"),
+            (self.nowhere + self.unusable, "links that lead nowhere or in a circle, or what is no file,"),
+        )
+        return [
+            f"{escape(root)}: {len(names)} {what} passed over: {shown(names)}" for names, what in kinds if len(names)
+        ]
+
+
+def shown(names: list[str]) -> str:
+    """The first names in order, harmless to a terminal."""
+    return ", ".join(escape(name) for name in sorted(names)[:SHOWN])
+
 
 def list_folder(root: Path) -> Index:
     """All images below ``root``, in ImageFolder's order. Raises UsageError when there are none."""
-    images, folders, others = [], [], []
-    for folder, modified, files in _walk(str(root), "", ()):
+    images, folders, others, passed = [], [], [], PassedOver()
+    for folder, modified, files in _walk(str(root), "", (), passed):
         folders.append((folder, modified))
         for name in files:
-            (images if _is_image(name) else others).append((folder, name))
+            (images if is_image(name) else others).append((folder, name))
+    notes = passed.notes(root)
     if not images:
-        seen = sorted(os.path.join(*entry) for entry in others)[:5] or sorted(name for name, _ in folders[1:])[:5]
-        holds = f"it holds {', '.join(seen)}" if seen else "it is empty"
-        raise UsageError(f"--data_path {root}: no images in this folder; {holds}; images end in {' '.join(EXTENSIONS)}")
+        seen = [os.path.join(*entry) for entry in others] or [name for name, _ in folders[1:]]
+        holds = "; ".join([f"it holds {shown(seen)}"] * bool(seen) + notes) or "it is empty"
+        raise UsageError(
+            f"--data_path {escape(root)}: no images in this folder; {holds}; images end in {' '.join(EXTENSIONS)}"
+        )
     names, labels, class_names = _with_classes(images)
     empty = {name.split(os.sep)[0] for name, _ in folders[1:]} - set(class_names)
     if class_names and empty:
-        log.warning("%s: no images in %s, so no class either", root, ", ".join(sorted(empty)[:5]))
-    stamps = np.array([(modified, -1) for _, modified in folders], np.int64)
-    return Index(Strings.pack(names), labels, class_names, Strings.pack([name for name, _ in folders]), stamps)
+        notes.append(f"{escape(root)}: no images in {shown(list(empty))}, so no class either")
+    absent = [(name, MISSING) for name in passed.nowhere[:WATCHED]]
+    stamps = np.array([(modified, -1) for _, modified in folders + absent], np.int64)
+    return Index(
+        Strings.pack(names),
+        labels,
+        class_names,
+        Strings.pack([name for name, _ in folders + absent]),
+        stamps,
+        splits=find_splits({folder for folder, _ in images}),
+        notes=notes,
+    )
 
 
-def _walk(root: str, folder: str, above: tuple) -> Iterator[tuple[str, int, list[str]]]:
+def _walk(root: str, folder: str, above: tuple, passed: PassedOver) -> Iterator[tuple[str, int, list[str]]]:
     """(folder relative to root, its modification time in ns, names of its files), links followed but in no circle.
 
     The time is read before the folder is, so that what is added meanwhile shows.
@@ -45,77 +108,144 @@ def _walk(root: str, folder: str, above: tuple) -> Iterator[tuple[str, int, list
     here = os.path.join(root, folder) if folder else root
     try:
         status = os.stat(here)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            passed.unusable.append(folder)
+            return
         files, subfolders = [], []
         with os.scandir(here) as entries:
             for entry in entries:
-                (subfolders if entry.is_dir() else files).append(entry.name)
+                if is_hidden(entry.name):
+                    if is_image(entry.name) or entry.is_dir(follow_symlinks=False):
+                        passed.hidden.append(os.path.join(folder, entry.name))
+                    continue
+                kind = _kind(entry, root)
+                if kind == "folder":
+                    subfolders.append(entry.name)
+                elif kind == "file":
+                    files.append(entry.name)
+                elif kind == "nowhere" or is_image(entry.name):
+                    getattr(passed, kind).append(os.path.join(folder, entry.name))
     except OSError as error:
-        raise UsageError(f"--data_path {root}: {here} cannot be listed: {error.strerror}") from error
+        raise _cannot_be_read(root, here, error) from error
     yield folder, status.st_mtime_ns, files
-    identity = (status.st_dev, status.st_ino)
-    if identity not in above:
-        for name in subfolders:
-            yield from _walk(root, os.path.join(folder, name), (*above, identity))
+    for name in subfolders:
+        yield from _walk(root, os.path.join(folder, name), (*above, identity), passed)
 
 
-def list_zip(path: Path) -> Index:
-    """All images in a zip. Raises UsageError when there are none, or none that can be read in place."""
-    status = _stat_file(path)
+def _kind(entry: os.DirEntry, root: str) -> str:
+    """file, folder, nowhere (a link without target) or unusable (such as a pipe, which would be read for ever)."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise _cannot_be_read(root, entry.path, error) from error
+        return "nowhere"
+    return "nowhere" if entry.is_symlink() and not os.path.exists(entry.path) else "unusable"
+
+
+def _cannot_be_read(root: str, path: str, error: OSError) -> UsageError:
+    return UsageError(
+        f"--data_path {escape(root)}: {escape(path)} cannot be listed: {error.strerror}; "
+        "make it readable, or move it out of the images"
+    )
+
+
+def plain_splits(root: Path) -> list[str]:
+    """The folders in ``root`` that bear one of the plain words: told without listing it."""
+    words = [form for word in WORDS for form in (word, word.title(), word.upper())]
+    return [word for word in words if os.path.isdir(root / word)]
+
+
+def splits_below(root: Path) -> Splits | None:
+    """The splits in ``root`` itself, where plain words name them: told without listing what they hold."""
+    if not has_splits(plain_splits(root)):
+        return None
+    names = _subfolders(root, root)
+    trains, tests = split_names(names)
+    others = [name for name in names if name not in (*trains, *tests)]
+    folders = dict.fromkeys(names, True)
+    for name in (trains if others else []) + (tests if len(tests) > 1 else []):
+        folders[name] = bool(_subfolders(root, root / name, ENOUGH))
+    if not all(folders[name] for name in trains):  # where the others might be classes, only those with images count
+        for name in others:
+            if not any(any(map(is_image, files)) for _, _, files in _walk(str(root), name, (), PassedOver())):
+                del folders[name]
+    return Splits(folders=folders)
+
+
+def _subfolders(root: Path, folder: Path, among: int | None = None) -> list[str]:
+    """Names of the folders in ``folder``; ``among``: within the first so many entries."""
+    try:
+        with os.scandir(folder) as entries:
+            some = [entry for entry in islice(entries, among) if not is_hidden(entry.name)]
+            return sorted(entry.name for entry in some if _kind(entry, str(root)) == "folder")
+    except OSError as error:
+        raise _cannot_be_read(str(root), str(folder), error) from error
+
+
+def list_zip(path: Path, inner: str = "") -> Index:
+    """All images in a zip or in its folder ``inner``.
+
+    Raises UsageError when there are none, or when one cannot be read in place.
+    """
+    status = stamp_of_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise UsageError(f"--data_path {path}: not a zip archive, or a damaged one ({error})") from error
-    places = {}
+        raise UsageError(f"--data_path {escape(path)}: not a zip archive, or a damaged one ({error})") from error
+    where = f"--data_path {escape(path / inner)}"
+    places, hidden, passed = {}, set(), PassedOver()
+    start = f"{inner}/" if inner else ""
     for entry in entries:
         folder, name = os.path.split(entry.filename)
-        if _is_image(name) and not entry.is_dir() and folder.split("/")[0] != "__MACOSX":
+        if not entry.filename.startswith(start):
+            continue
+        outermost = _hidden_part(entry.filename, start)
+        if outermost is not None:
+            if is_image(name) or outermost != entry.filename:
+                hidden.add(outermost)
+        elif is_image(name) and not entry.is_dir():
+            if stat.S_ISLNK(entry.external_attr >> 16):
+                passed.unusable.append(entry.filename)
+                continue
             if entry.flag_bits & 1:
-                raise UsageError(f"--data_path {path}: {entry.filename} is encrypted; pack the images without password")
+                raise UsageError(f"{where}: {escape(entry.filename)} is encrypted; "
+                                 "pack the images without password")  # fmt: skip
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise UsageError(f"--data_path {path}: {entry.filename} is packed by method {entry.compress_type}; "
-                                 "pack the images with 'store' or 'deflate'")  # fmt: skip
-            where = (entry.header_offset, entry.compress_size, entry.file_size, entry.compress_type, entry.CRC)
-            places[folder, name] = where
+                raise UsageError(f"{where}: {escape(entry.filename)} is packed by method "
+                                 f"{entry.compress_type}; pack the images with 'store' or 'deflate'")  # fmt: skip
+            place = (entry.header_offset, entry.compress_size, entry.file_size, entry.compress_type, entry.CRC)
+            places[folder, name] = place
+    passed.hidden = list(hidden)
     if not places:
-        seen = sorted(entry.filename for entry in entries)[:5]
-        holds = f"it holds {', '.join(seen)}" if seen else "it is empty"
-        raise UsageError(f"--data_path {path}: no images in this archive; {holds}")
+        seen = [entry.filename for entry in entries]
+        holds = f"it holds {shown(seen)}" if seen else "it is empty"
+        raise UsageError(f"{where}: no images in this {'folder of the ' * bool(inner)}archive; {holds}")
     images = list(places)
     names, labels, class_names = _with_classes(images, shared=_shared_folders(images))
-    where = np.array([places[os.path.split(name)] for name in names], np.int64)
-    return Index(Strings.pack(names), labels, class_names, Strings.pack([path.name]), status, where)
+    rows = np.array([places[os.path.split(name)] for name in names], np.int64)
+    return Index(
+        Strings.pack(names),
+        labels,
+        class_names,
+        Strings.pack([path.name]),
+        status,
+        rows,
+        splits=find_splits({folder[len(start) :] for folder, _ in images}),
+        notes=passed.notes(path / inner),
+    )
 
 
-def list_file(path: Path) -> Index:
-    """The paths in a text file; whether they exist shows when they are read. Raises UsageError when there are none.
-
-    Labels that are whole numbers from 0 are taken as they are; other labels are names, numbered in sorted order.
-    """
-    status = _stat_file(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"--data_path {path}: {error.strerror}") from error
-    if b"\0" in data[:4096]:
-        raise UsageError(f"--data_path {path}: neither a folder, nor a zip archive, nor a text file of paths")
-    lines = [line for line in data.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").split(b"\n") if line.strip()]
-    if not lines:
-        raise UsageError(f"--data_path {path}: this list of images is empty")
-    parts = [os.fsdecode(line).split("\t") for line in lines]
-    labels, class_names = _number([part[1].strip() if len(part) > 1 else "" for part in parts])
-    return Index(Strings.pack([part[0] for part in parts]), labels, class_names, Strings.pack([path.name]), status)
-
-
-def _number(texts: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels as text -> (labels, class names); the empty text is unknown, -1."""
-    distinct = sorted(set(texts) - {""})
-    if all(text.isdecimal() and text.isascii() and len(text) < 7 for text in distinct):
-        numbers = {text: int(text) for text in distinct}
-        class_names = [str(number) for number in range(max(numbers.values(), default=-1) + 1)]
-    else:
-        numbers, class_names = {text: number for number, text in enumerate(distinct)}, distinct
-    return np.array([numbers.get(text, -1) for text in texts], np.int64), class_names
+def _hidden_part(name: str, start: str) -> str | None:
+    """The outermost file or folder of ``name`` in an archive that is hidden; ``start`` of it does not count."""
+    parts = name[len(start) :].split("/")
+    first = next((position for position, part in enumerate(parts) if is_hidden(part)), None)
+    return None if first is None else start + "/".join(parts[: first + 1])
 
 
 def _with_classes(images: list[tuple[str, str]], shared: int = 0) -> tuple[list[str], np.ndarray, list[str]]:
@@ -142,16 +272,12 @@ def _shared_folders(images: list[tuple[str, str]]) -> int:
     return shared if all(len(folder) > shared for folder in folders) else max(0, shared - 1)
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
-
-
-def _stat_file(path: Path) -> np.ndarray:
+def stamp_of_file(path: Path) -> np.ndarray:
     """The (1, 2) stamp of a file."""
     try:
         status = path.stat()
     except OSError as error:
-        raise UsageError(f"--data_path {path}: {error.strerror}") from error
+        raise UsageError(f"--data_path {escape(path)}: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise UsageError(f"--data_path {path}: neither a folder nor a file")
+        raise UsageError(f"--data_path {escape(path)}: neither a folder nor a file")
     return np.array([(status.st_mtime_ns, status.st_size)], np.int64)

@@ -41,6 +41,16 @@ def write_folder(root: Path, names: list[str]) -> Path:
     return root
 
 
+def write_list(root: Path, lines: list[str], name: str = "list.txt") -> Path:
+    """A list, and an empty file for every path in it."""
+    for line in lines:
+        file = root / line.split("\t")[0]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (root / name).write_text("\n".join(lines) + "\n")
+    return root / name
+
+
 def one_process(rank: int = 0, size: int = 1) -> World:
     import torch
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from data.datasets import BadImage, SubsetSource, open_source, training_path
-from tests.data.helpers import encoded, photograph, write_folder, write_image
+from data.datasets import BadImage, SubsetSource, open_source
+from tests.data.helpers import encoded, photograph, write_folder, write_image, write_list
 from utils import UsageError
 
 CLASS_FOLDERS = [
@@ -61,29 +61,12 @@ def test_class_folders_have_the_order_and_labels_of_imagefolder(tmp_path):
     assert all(np.array_equal(source.array(i), image) for i, (image, _) in enumerate(reference))
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path):
-    root = write_folder(tmp_path / "train", ["a/1.png", "b/1.png"])
-    write_image(tmp_path / "elsewhere" / "2.png")
-    (root / "a" / "linked").symlink_to(tmp_path / "elsewhere")
-    (root / "b" / "circle").symlink_to(root / "b")
-    source = open_source(str(root))
-    assert str(root / "a/linked/2.png") in names(source)
-    assert len(source) < 10
-
-
 def test_a_folder_with_images_of_its_own_has_no_classes(tmp_path):
     root = write_folder(tmp_path / "photos", ["2020/a.png", "b.png", "2019/summer/c.png"])
     source = open_source(str(root))
     assert names(source) == [str(root / name) for name in ("b.png", "2019/summer/c.png", "2020/a.png")]
     assert source.labels.tolist() == [-1, -1, -1] and source.class_names == []
     assert source.name == f"{root} (3 images)"
-
-
-def test_folders_without_images_are_no_classes_and_are_named(tmp_path, caplog):
-    root = write_folder(tmp_path / "train", ["b/1.png", "c/1.png"])
-    (root / ".ipynb_checkpoints").mkdir()
-    assert open_source(str(root)).class_names == ["b", "c"]
-    assert ".ipynb_checkpoints" in caplog.text
 
 
 def test_names_that_are_not_unicode_can_be_read(tmp_path):
@@ -104,59 +87,6 @@ def test_a_folder_without_images_names_what_it_holds(tmp_path):
 def test_a_missing_path_says_which_part_is_missing(tmp_path):
     assert f"--data_path {tmp_path / 'x'}: no such path; pass a folder" in error(str(tmp_path / "x"))
     assert f"{tmp_path / 'x'} does not exist" in error(str(tmp_path / "x/y/z"))
-
-
-# ---- lists ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_list_holds_relative_and_absolute_paths(tmp_path):
-    write_folder(tmp_path, ["sub/one.png", "two words.png", "elsewhere/3.png"])
-    text = f"sub/one.png\r\n\ntwo words.png\n{tmp_path / 'elsewhere/3.png'}"
-    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    source = open_source(str(tmp_path / "list.txt"))
-    assert names(source) == [str(tmp_path / name) for name in ("sub/one.png", "two words.png", "elsewhere/3.png")]
-    assert source.labels.tolist() == [-1, -1, -1]
-    assert len(pixels(source)) == 3
-
-
-@pytest.mark.parametrize(
-    ("labels", "numbers", "class_names"),
-    [
-        (["3", "0", "3"], [3, 0, 3], ["0", "1", "2", "3"]),
-        (["dog", "cat", "dog"], [1, 0, 1], ["cat", "dog"]),
-        (["dog", None, "7"], [1, -1, 0], ["7", "dog"]),
-        (["-1", "2", "2"], [0, 1, 1], ["-1", "2"]),
-    ],
-)
-def test_a_list_may_have_labels(tmp_path, labels, numbers, class_names):
-    lines = [f"{i}.png" + ("" if label is None else f"\t{label}") for i, label in enumerate(labels)]
-    (tmp_path / "list.tsv").write_text("\n".join(lines))
-    source = open_source(str(tmp_path / "list.tsv"))
-    assert (source.labels.tolist(), source.class_names) == (numbers, class_names)
-
-
-def test_a_listed_file_that_is_missing_shows_when_it_is_read(tmp_path):
-    (tmp_path / "list.txt").write_text("gone.png\n")
-    source = open_source(str(tmp_path / "list.txt"))
-    with pytest.raises(BadImage, match="No such file") as caught:
-        source.array(0)
-    assert caught.value.name == str(tmp_path / "gone.png")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [(b"", "is empty"), (b"\n \n", "is empty"), (b"ELF\0\1\2", "neither a folder")]
-)
-def test_what_is_no_list_is_refused(tmp_path, content, message):
-    (tmp_path / "list").write_bytes(content)
-    assert message in error(str(tmp_path / "list"))
-
-
-def test_a_list_that_changed_is_read_again(tmp_path):
-    path = tmp_path / "list.txt"
-    path.write_text("a.png")
-    assert len(open_source(str(path))) == 1
-    path.write_text("a.png\nb.png")
-    assert len(open_source(str(path))) == 2
 
 
 # ---- zip ------------------------------------------------------------------------------------------------------------
@@ -248,7 +178,7 @@ def test_what_is_no_zip_or_cannot_be_read_in_place_is_refused(tmp_path):
 
 
 def test_a_subset_takes_the_first_images_of_every_class_in_order_of_appearance(tmp_path):
-    (tmp_path / "list.txt").write_text("\n".join(f"{i}.png\t{c}" for i, c in enumerate("cacbabccab")))
+    write_list(tmp_path, [f"{i}.png\t{c}" for i, c in enumerate("cacbabccab")])
     source = open_source(str(tmp_path / "list.txt"), subset=2)
     assert [Path(name).name for name in names(source)] == ["0.png", "2.png", "1.png", "4.png", "3.png", "5.png"]
     assert source.labels.tolist() == [2, 2, 0, 0, 1, 1]
@@ -260,21 +190,13 @@ def test_a_subset_takes_the_first_images_of_every_class_in_order_of_appearance(t
 
 
 def test_a_subset_may_begin_at_a_later_image(tmp_path):
-    (tmp_path / "list.txt").write_text("\n".join(f"{i}.png\t{c}" for i, c in enumerate("cacbabccab")))
+    write_list(tmp_path, [f"{i}.png\t{c}" for i, c in enumerate("cacbabccab")])
     first, later = (open_source(str(tmp_path / "list.txt"), subset=1, start=start) for start in (0, 2))
     assert [Path(name).name for name in names(later)] == ["6.png", "8.png", "9.png"]
     assert first.fingerprint != later.fingerprint and "1 per class from image 2 on (3 images)" in later.name
     assert names(pickle.loads(pickle.dumps(later))) == names(later)
     short = SubsetSource(later.source, 5, start=3, fewer=True)
     assert [Path(name).name for name in names(short)] == ["7.png"]
-
-
-def test_a_root_with_train_and_val_stands_for_its_training_images(tmp_path):
-    for part in ("train", "val"):
-        assert training_path(str(tmp_path)) == str(tmp_path)
-        (tmp_path / part).mkdir()
-    assert training_path(str(tmp_path)) == str(tmp_path / "train") == training_path(str(tmp_path / "train"))
-    assert training_path(None) is None
 
 
 def test_a_subset_reads_its_own_images(tmp_path):
@@ -285,13 +207,13 @@ def test_a_subset_reads_its_own_images(tmp_path):
 
 
 def test_a_subset_that_cannot_be_taken_says_why(tmp_path):
-    (tmp_path / "list.txt").write_text("0.png\ta\n1.png\ta\n2.png\tb")
+    write_list(tmp_path, ["0.png\ta", "1.png\ta", "2.png\tb"])
     assert "class b" in error(str(tmp_path / "list.txt"), subset=2)
     assert "class b" in error(str(tmp_path / "list.txt"), subset=1, start=1)
     for wrong in (0, -2):
         assert "at least 1 (-1: all)" in error(str(tmp_path / "list.txt"), subset=wrong)
     assert len(open_source(str(tmp_path / "list.txt"), subset=-1)) == 3
-    (tmp_path / "list.txt").write_text("0.png\n1.png")
+    write_list(tmp_path, ["0.png", "1.png"])
     assert "some without label" in error(str(tmp_path / "list.txt"), subset=1)
 
 

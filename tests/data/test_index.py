@@ -11,7 +11,8 @@ import pytest
 from data import index as index_module
 from data.datasets import open_source
 from data.index import Index, Strings, index_file
-from tests.data.helpers import write_folder, write_image
+from data.splits import Splits
+from tests.data.helpers import write_folder, write_image, write_list
 
 REPOSITORY = Path(__file__).parent.parent.parent
 NAMES = ["cat/1.png", "cat/deep/2.png", "dog/1.png"]
@@ -80,6 +81,10 @@ def test_a_changed_folder_is_listed_again(folder, listings, change):
     assert not listings
 
 
+def test_a_fingerprint_stays_what_it_was_for_runs_that_go_on(folder):
+    assert open_source(str(folder)).fingerprint == "8ccd0e5c0c164ff6ad8d36b381306ebb"
+
+
 def test_a_fingerprint_depends_on_names_and_not_on_the_place(folder, tmp_path):
     before = open_source(str(folder)).fingerprint
     folder.rename(tmp_path / "moved")
@@ -99,6 +104,21 @@ def test_a_damaged_index_is_replaced(folder, listings, damage):
     assert not listings
 
 
+def test_an_index_of_an_older_rule_is_not_read(folder, listings):
+    open_source(str(folder))
+    file = index_file(folder)
+    file.write_bytes(file.read_bytes().replace(index_module.MAGIC, b"tutelage index 1"))
+    listings.clear()
+    assert names(open_source(str(folder))) == NAMES and listings
+
+
+def test_a_link_whose_target_appears_is_listed_again(folder, tmp_path):
+    (folder / "cat" / "linked").symlink_to(tmp_path / "drive")
+    assert names(open_source(str(folder))) == NAMES
+    write_image(tmp_path / "drive" / "3.png")
+    assert "cat/linked/3.png" in names(open_source(str(folder)))
+
+
 def test_without_a_writable_cache_everything_works_and_it_says_so_once(folder, tmp_path, monkeypatch, caplog):
     blocker = tmp_path / "file"
     blocker.write_text("")
@@ -110,13 +130,12 @@ def test_without_a_writable_cache_everything_works_and_it_says_so_once(folder, t
 
 
 def test_pickling_a_source_costs_a_path(tmp_path):
-    lines = "\n".join(f"images/{number:08}.jpg\tclass {number % 100}" for number in range(20_000))
-    (tmp_path / "list.txt").write_text(lines)
-    source = open_source(str(tmp_path / "list.txt"))
+    lines = [f"images/{number:08}.jpg\tclass {number % 100}" for number in range(2000)]
+    source = open_source(str(write_list(tmp_path, lines)))
     data = pickle.dumps(source)
     assert len(data) < 1000
     copy = pickle.loads(data)
-    assert copy.image_name(12_345) == source.image_name(12_345) == str(tmp_path / "images/00012345.jpg")
+    assert copy.image_name(1234) == source.image_name(1234) == str(tmp_path / "images/00001234.jpg")
     assert np.array_equal(copy.labels, source.labels) and copy.class_names == source.class_names
 
 
@@ -130,13 +149,15 @@ def test_an_index_that_was_replaced_meanwhile_is_an_error_and_no_other_list(fold
 
 def test_an_index_comes_back_from_disk_as_it_was(tmp_path):
     names, stamps, places = Strings.pack(["b", "ä"]), np.array([[5, -1]]), np.arange(6).reshape(2, 3)
-    index = Index(names, np.array([0, -1]), ["x"], Strings.pack([""]), stamps, places)
+    splits = Splits("data", {"train": True, "val": False}, "")
+    index = Index(names, np.array([0, -1]), ["x"], Strings.pack([""]), stamps, places, splits=splits, notes=["a note"])
     index.save(tmp_path / "i")
     back = Index.load(tmp_path / "i")
     assert [back.names[0], back.names[1], back.stamp_names[0]] == ["b", "ä", ""]
     for name in ("labels", "places", "stamps"):
         assert np.array_equal(getattr(back, name), getattr(index, name)) and not getattr(back, name).flags.writeable
     assert (back.class_names, back.fingerprint) == (["x"], index.fingerprint)
+    assert (back.splits, back.notes) == (splits, ["a note"])
 
 
 def test_on_a_node_only_the_first_process_lists_and_the_others_wait(folder, tmp_path):
