@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data.datasets import Source, open_source, training_path
+from data.datasets import Source, open_training
 from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
 from methods import method_class
 from methods.base import Clock, Method
@@ -225,7 +225,7 @@ def device_pieces(run: Run, epoch: int, step: int) -> Iterator[dict]:
 
 def build(args: argparse.Namespace, world: World) -> Run:
     """Data, networks, optimiser, schedules. Raises UsageError for what only shows when they are built."""
-    source = open_source(training_path(args.data_path), args.subset)
+    source = open_training(args.data_path, args.subset, args.split)
     global_batch = args.batch_size_per_gpu * world.size
     niter = steps_per_epoch(len(source), global_batch)
 
@@ -304,7 +304,7 @@ def main() -> int:
     world = init_world(args.device, args.dist_url, args.backend)
     if args.replay:
         words = {word.split("=")[0] for word in sys.argv}
-        given = {name: getattr(args, name) for name in ("data_path", "precision") if f"--{name}" in words}
+        given = {name: getattr(args, name) for name in ("data_path", "split", "precision") if f"--{name}" in words}
         return replay(Path(args.replay), given, world)
     check_options(args, world)
     prepare_device(args, world)

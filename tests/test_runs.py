@@ -380,6 +380,32 @@ def test_too_few_images_are_refused(tmp_path, monkeypatch, count, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_of_a_root_with_splits_the_training_images_are_used_and_the_log_says_so(tmp_path, monkeypatch, caplog, listed):
+    root = tmp_path / "set"
+    for part in ("train", "val"):
+        make_images(root / "data" / part, count=16)
+    (root / "data" / "train" / ".git").mkdir()
+    path = root
+    if listed:
+        lines = [str(file.relative_to(root)) for file in sorted(root.rglob("*.jpg"))]
+        path = root / "list.txt"
+        path.write_text("\n".join(lines))
+    assert run_here(monkeypatch, data_path=path, output_dir=tmp_path / "out", dry_run=True) == 0
+    classes = "" if listed else ", 4 classes"
+    assert f"training on train/ (16 images{classes}), val/ left alone" in caplog.text
+    assert ("1 hidden or system files and folders passed over: .git" in caplog.text) == (not listed)
+
+
+def test_a_list_that_cannot_be_read_leaves_nothing_behind(tmp_path, monkeypatch):
+    make_images(tmp_path / "images", count=4)
+    lines = [f"{file} {file.parent.name}" for file in sorted((tmp_path / "images").rglob("*.jpg"))]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    with pytest.raises(UsageError, match=r"line 1, '.*000\.jpg class0': a tab is expected between path and label"):
+        run_here(monkeypatch, data_path=tmp_path / "list.txt", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_image_is_enough_for_batches_of_one(tmp_path, monkeypatch):
     make_images(tmp_path / "images", 1)
     run_here(monkeypatch, data_path=tmp_path / "images", output_dir=tmp_path, batch_size_per_gpu=1)

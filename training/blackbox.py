@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data.datasets import open_source, training_path
+from data.datasets import open_training
 from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
 from methods import method_class
 from methods.base import Clock, Method
@@ -78,14 +78,14 @@ class BlackBox:
 def replay(path: Path, overrides: dict, world: World) -> int:
     """Run the step a black box describes, forward and backward on one device, and print where it breaks.
 
-    ``overrides``: options given on the command line together with --replay (data_path, precision).
+    ``overrides``: options given on the command line together with --replay (data_path, split, precision).
     """
     state = load_file(path)
     if "nonfinite" not in state:
         raise UsageError(f"--replay {path}: not a file of a step that was not finite")
     args = argparse.Namespace(**{**state["args"], "use_fp16": None, **overrides})
     resolve_precision(args, world.device)
-    source = open_source(training_path(args.data_path), args.subset)
+    source = open_training(args.data_path, args.subset, getattr(args, "split", "train"))
     cls = method_class(args.method)
     method = cls.build(args).to(world.device, batch_dtype(args.precision))
     for key, part in method.checkpoint_parts().items():

@@ -2,18 +2,17 @@
 
 import argparse
 import os
-from pathlib import Path
 
 import torch
 
-from data.datasets import ALL, Source, SubsetSource, training_path
+from data.datasets import ALL, Source, SubsetSource, open_source, train_and_test_paths, training_path
 from data.preprocess import eval_transform
 from evaluation.features import MEAN, extract_features, labels_of
 from evaluation.knn import as_numbers, knn_classify
 from evaluation.network import chosen_features
-from evaluation.sets import common_labels, open_train_and_test
+from evaluation.sets import common_labels
 from models.checkpoints import Network
-from utils import UsageError, World, log
+from utils import UsageError, World, escape, log
 
 
 class OnlineKNN:
@@ -26,34 +25,42 @@ class OnlineKNN:
         (self.feature,) = chosen_features(network, [args.n_last_blocks], [pooling], [token])
         self.temperature = args.teacher_temp if args.knn_temperature is None else args.knn_temperature
         self.sets: tuple[Source, Source] | None = None
-        folder = args.knn_data
-        if folder is None and args.data_path is not None:
-            folder = str(Path(os.path.abspath(training_path(args.data_path))).parent)
-        self.reason = self._open(folder) if args.knn_every else "off (--knn_every 0)"
+        self.reason = self._open() if args.knn_every else "off (--knn_every 0)"
         log.info("online k-NN: %s", self.reason or " against ".join(source.name for source in self.sets))
         crop = getattr(args, "global_crops_size", 224)
-        self.transform = eval_transform(crop, crop if folder is None else round(crop * 256 / 224))
+        bundled = args.knn_data is None and args.data_path is None
+        self.transform = eval_transform(crop, crop if bundled else round(crop * 256 / 224))
 
-    def _open(self, folder: str | None) -> str:
+    def _open(self) -> str:
         """Open the images. Returns why there are none; raises UsageError only for a folder the user named."""
         try:
-            train, test = open_train_and_test(folder, None)
+            paths = self._paths()
+            train, test = open_source(paths[0]), open_source(paths[1], split="test")
             _, query_labels = common_labels(train, test)
         except UsageError as error:
             if self.args.knn_data is not None:
-                raise UsageError(f"--knn_data {folder}: {error}") from None
+                raise UsageError(f"--knn_data {escape(self.args.knn_data)}: {error}") from None
             return f"off, since there are no labelled images beside the training data ({error})"
-        subset = self.args.subset if self._trains_on(folder) else None  # what it may learn from is what it may know
+        subset = self.args.subset if self._trains_on(paths[0]) else None  # what it may learn from is what it may know
         limits = [limit for limit in (subset, self.args.knn_per_class) if limit not in (None, ALL)]
         bank = SubsetSource(train, min(limits), fewer=True) if limits else train
         self.sets, self.labels = (bank, test), (labels_of(bank), query_labels)
         return ""
 
-    def _trains_on(self, folder: str | None) -> bool:
-        trained = training_path(self.args.data_path)
-        if folder is None or trained is None:
-            return folder is trained  # the bundled photographs
-        return os.path.samefile(trained, Path(folder) / "train")
+    def _paths(self) -> tuple[str | None, str | None]:
+        """Of the bank and of the queries: in --knn_data, else in or beside the training images, else bundled."""
+        root, data_path = self.args.knn_data, self.args.data_path
+        if root is None and data_path is None:
+            return None, None
+        if root is None and training_path(data_path) == data_path:
+            return train_and_test_paths(os.path.dirname(os.path.abspath(data_path)), watched=True, listed=False)
+        return train_and_test_paths(root or data_path, watched=True)
+
+    def _trains_on(self, bank: str | None) -> bool:
+        trained = training_path(self.args.data_path, self.args.split)
+        if bank is None or trained is None:
+            return bank is trained  # the bundled photographs
+        return os.path.realpath(bank) == os.path.realpath(trained)
 
     def due(self, epoch: int) -> bool:
         """In the first epoch, every --knn_every epochs after it, and in the last, as the original has it."""

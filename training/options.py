@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from data.datasets import ALL, check_subset
+from data.datasets import ALL, SPLITS, check_subset
 from evaluation.network import add_feature_arguments
 from methods import METHODS, method_class
 from methods.base import Method
@@ -17,11 +17,11 @@ from utils import BACKENDS, PRECISIONS, Parser, UsageError, World, bool_flag, ch
 # Options that cannot change what a run computes, so that it may be continued with others. The batch may be divided
 # differently among processes and pieces as long as its size stays (checked where a run is resumed).
 FREE_OPTIONS = {
-    *("config", "data_path", "output_dir", "num_workers", "device", "dist_url", "local_rank", "batch_size_per_gpu"),
-    *("accum_iter", "grad_checkpointing", "compile", "deterministic", "saveckp_freq", "save_every_minutes"),
-    *("knn_every", "knn_data", "knn_per_class", "nb_knn", "n_last_blocks", "avgpool_patchtokens", "knn_temperature"),
-    *("class_token", "use_cuda", "print_freq", "max_bad_images", "max_skipped"),
-    *("dry_run", "replay", "accept_changes", "use_fp16", "load_from", "backend"),
+    *("config", "data_path", "split", "output_dir", "num_workers", "device", "dist_url", "local_rank"),
+    *("batch_size_per_gpu", "accum_iter", "grad_checkpointing", "compile", "deterministic", "saveckp_freq"),
+    *("save_every_minutes", "knn_every", "knn_data", "knn_per_class", "nb_knn", "n_last_blocks"),
+    *("avgpool_patchtokens", "knn_temperature", "class_token", "use_cuda", "print_freq", "max_bad_images"),
+    *("max_skipped", "dry_run", "replay", "accept_changes", "use_fp16", "load_from", "backend"),
 }
 
 
@@ -50,8 +50,15 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add(
         "--data_path",
-        help="folder, list (.txt) or zip of images, or a folder with train/ and val/, whose train/ is used; "
+        help="folder, list (.txt) or zip of images, or a folder in a zip (images.zip/data/train); "
         "left out: the bundled photographs",
+    )
+    add(
+        "--split",
+        default=SPLITS[0],
+        choices=SPLITS,
+        help="what is used of a --data_path with train/ beside val/ or test/ in it: only train/, or all, "
+        "with its folders as classes",
     )
     add("--subset", type=int, metavar="N", help="only the first N images of every class; -1: all")
     add("--augment", default="fast", choices=["fast", "pil"], help="pil: the original's pixels, bit for bit; slower")

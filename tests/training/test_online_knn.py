@@ -1,6 +1,7 @@
 """The test during training: it never keeps a run from starting, unless the user named what cannot be used."""
 
 import argparse
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ def online(data_path=None, knn_data=None, backbone=None, **options) -> OnlineKNN
     args = {
         "data_path": data_path and str(data_path),
         "knn_data": knn_data and str(knn_data),
+        "split": "train",
         "subset": None,
         "arch": "vit_micro",
         "knn_every": 1,
@@ -94,7 +96,7 @@ def test_features_votes_and_neighbours_are_as_asked(tmp_path, monkeypatch):
 
 def test_data_without_classes_or_without_a_test_set_trains_without_it(tmp_path):
     make_images(tmp_path / "train", count=4, classes=2)
-    assert "has no val/" in online(tmp_path / "train").reason
+    assert "has no val/ or test/ beside train/" in online(tmp_path / "train").reason
     for part in ("train", "val"):
         folder = make_images(tmp_path / "flat" / part, count=4, classes=1) / "class0"
         for file in folder.iterdir():
@@ -108,3 +110,12 @@ def test_a_folder_that_was_named_and_cannot_be_used_is_refused(tmp_path):
     make_images(tmp_path / "train", count=4, classes=2)
     with pytest.raises(UsageError, match=r"--knn_data .*has no val/"):
         online(tmp_path / "train", tmp_path)
+
+
+def test_it_watches_validation_images_of_folders_and_archives(tmp_path):
+    root = labelled(tmp_path / "set")
+    make_images(root / "test", count=6, classes=2)
+    archive = shutil.make_archive(tmp_path / "set", "zip", root)
+    for data_path, val in ((root, root / "val"), (archive, f"{archive}/val"), (f"{archive}/train", f"{archive}/val")):
+        bank, queries = online(data_path, subset=2).sets
+        assert queries.name.startswith(f"{val} (4 images") and len(bank) == 4

@@ -26,7 +26,8 @@ SHARED = """
     knn_every
     knn_per_class knn_temperature load_from local_rank lr max_bad_images max_skipped method min_lr n_last_blocks
     nb_knn num_workers
-    optimizer output_dir patch_size precision print_freq replay save_every_minutes saveckp_freq seed subset use_cuda
+    optimizer output_dir patch_size precision print_freq replay save_every_minutes saveckp_freq seed split subset
+    use_cuda
     use_fp16 warmup_epochs weight_decay weight_decay_end window_size
 """
 CROPS = "global_crops_scale global_crops_size local_crops_number local_crops_scale local_crops_size"
