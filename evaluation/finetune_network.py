@@ -1,11 +1,9 @@
 """What is fine-tuned, and on which images."""
 
 import argparse
-from pathlib import Path
 
 import torch
 
-from data.datasets import Source, open_source, training_path
 from evaluation.sets import Sets, open_train_and_test
 from models import ALIASES, is_swin, is_vision_transformer
 from models.adapt import load_to_finetune
@@ -86,15 +84,5 @@ def build_sets(args: argparse.Namespace, recorded_size: object) -> Sets:
     size = args.input_size or (recorded_size if isinstance(recorded_size, int) else 224)
     whole = args.data_path is None or size >= 384  # a bundled tile has no border to cut off
     resize = int(size / (args.crop_pct or (1.0 if whole else 224 / 256)))
-    return Sets(open_sets(args), (size, resize), args.nb_classes, "--nb_classes")
-
-
-def open_sets(args: argparse.Namespace) -> tuple[Source, Source]:
-    if args.eval_data_path is None:
-        return open_train_and_test(args.data_path, args.subset)
-    if args.data_path is None:
-        raise UsageError("--eval_data_path: names the test images of --data_path; pass that as well")
-    train = open_source(training_path(args.data_path), args.subset)
-    path = Path(args.eval_data_path)
-    both = all((path / part).is_dir() for part in ("train", "val"))
-    return train, open_source(str(path / "val" if both else path), split="val")
+    images = open_train_and_test(args.data_path, args.subset, eval_data_path=args.eval_data_path)
+    return Sets(images, (size, resize), args.nb_classes, "--nb_classes")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data.datasets import check_subset
 from evaluation.network import add_process_arguments
+from evaluation.sets import add_path_arguments
 from utils import PRECISIONS, Parser, UsageError, check_writable
 
 
@@ -83,8 +84,7 @@ def _add_augmentation(add) -> None:
 
 
 def _add_data_and_results(add) -> None:
-    add("--data_path", default=None, help="folder with train/ and val/; left out: tiles of the bundled photographs")
-    add("--eval_data_path", default=None, help="the test images, where they are elsewhere")
+    add_path_arguments(add)
     add("--data_set", default="IMNET", choices=["IMNET", "image_folder"], help="accepted; the folders tell")
     add("--nb_classes", default=None, type=int, help="left out: those of the training images")
     add("--subset", default=None, type=int, help="training images per class; left out or -1: all")

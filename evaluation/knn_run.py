@@ -48,7 +48,8 @@ def build_run(args: argparse.Namespace, world: World) -> KnnRun:
     per_class = None if args.subset == ALL else args.subset
     first, last = min(args.subset_starts), max(args.subset_starts)
     span = per_class and last - first + per_class
-    sets = Sets(open_train_and_test(args.data_path, span, first), crop_and_resize(args, network))
+    images = open_train_and_test(args.data_path, span, first, args.eval_data_path)
+    sets = Sets(images, crop_and_resize(args, network))
     rows = {
         start: bank_rows(sets.train_labels, per_class, start - first) if per_class else slice(None)
         for start in args.subset_starts

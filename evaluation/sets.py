@@ -1,25 +1,32 @@
 """The images of an evaluation: train and test, what happens to them, and their labels under common class numbers."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from data.datasets import Source, check_subset, open_source
+from data.datasets import Source, check_subset, open_source, testing_path, train_and_test_paths, training_path
 from evaluation.features import labels_of
 from models.checkpoints import Network
-from utils import UsageError, check_writable
+from utils import UsageError, check_writable, escape
 
 
 def add_data_arguments(parser: argparse._ActionsContainer) -> None:
     """The options by which evaluations on a train and a test set are told what to look at it with."""
     add = parser.add_argument
-    add("--data_path", default=None, help="folder with train/ and val/; left out: tiles of the bundled photographs")
+    add_path_arguments(add)
     add("--subset", default=None, type=int, help="training images per class; left out or -1: all")
     add("--crop_size", default=None, type=int, help="pixels; left out: the checkpoint's global_crops_size, else 224")
     add("--resize_size", default=None, type=int, help="shorter side before the crop; left out: crop * 256 / 224")
     add("--batch_size_per_gpu", default=128, type=int, help="images per forward pass and process")
     add("--num_workers", default=10, type=int, help="processes that decode images, per process")
+
+
+def add_path_arguments(add: Callable) -> None:
+    what = "folder, list (.txt) or zip with train/ and val/ or test/; left out: tiles of the bundled photographs"
+    add("--data_path", default=None, help=what)
+    add("--eval_data_path", default=None, help="the test images, where they are elsewhere or could be one of several")
 
 
 def check_common_arguments(args: argparse.Namespace) -> None:
@@ -45,18 +52,23 @@ def crop_and_resize(args: argparse.Namespace, network: Network) -> tuple[int, in
     return crop, resize
 
 
-def open_train_and_test(data_path: str | None, subset: int | None, start: int = 0) -> tuple[Source, Source]:
-    """``data_path``/train, all or ``subset`` images of every class, and ``data_path``/val; None: the photographs.
+def open_train_and_test(
+    data_path: str | None, subset: int | None, start: int = 0, eval_data_path: str | None = None
+) -> tuple[Source, Source]:
+    """Of ``data_path`` the training images, all or ``subset`` of every class, and the test images (data/splits.py).
 
-    ``start``: which image of every class is the subset's first.
+    ``start``: which image of every class is the subset's first. ``eval_data_path``: where the test images are instead.
+    None is the photographs.
     """
     if data_path is None:
+        if eval_data_path is not None:
+            raise UsageError("--eval_data_path: names the test images of --data_path; pass that as well")
         return open_source(None, subset, "train", start), open_source(None, split="test")
-    folders = [Path(data_path) / part for part in ("train", "val")]
-    for folder in folders:
-        if not folder.is_dir():
-            raise UsageError(f"--data_path {data_path}: has no {folder.name}/ with a folder per class")
-    return open_source(str(folders[0]), subset, "train", start), open_source(str(folders[1]), split="val")
+    if eval_data_path is None:
+        train, test = train_and_test_paths(data_path)
+    else:
+        train, test = training_path(data_path), testing_path(eval_data_path)
+    return open_source(train, subset, "train", start), open_source(test, split="val")
 
 
 def common_labels(train: Source, test: Source) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +80,7 @@ def common_labels(train: Source, test: Source) -> tuple[torch.Tensor, torch.Tens
     numbers = {name: number for number, name in enumerate(train.class_names)}
     unknown = [name for name in test.class_names if name not in numbers]
     if unknown:
-        raise UsageError(f"{test.name}: {len(unknown)} classes are not in {train.name}, such as {unknown[0]}")
+        raise UsageError(f"{test.name}: {len(unknown)} classes are not in {train.name}, such as {escape(unknown[0])}")
     return train_labels, torch.tensor([numbers[name] for name in test.class_names])[test_labels]
 
 

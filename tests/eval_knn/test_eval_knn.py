@@ -173,7 +173,7 @@ def test_of_two_class_tokens_any_may_be_asked(evaluate, tmp_path):
     [
         (["--pretrained_weights", "no/where.pth"], ["no/where.pth", "no such file"]),
         (["--pretrained_weights", "README.md"], ["README.md"]),
-        (["--data_path", "no/where"], ["--data_path no/where", "train/"]),
+        (["--data_path", "no/where"], ["--data_path", "no/where", "does not exist"]),
         (["--nb_knn", "0"], ["--nb_knn 0"]),
         (["--subset", "0"], ["--subset 0"]),
         (["--subset_starts", "5"], ["--subset_starts", "pass --subset too"]),

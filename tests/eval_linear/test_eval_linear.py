@@ -251,7 +251,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     ("arguments", "words"),
     [
         (["--pretrained_weights", "no/where.pth"], ["no/where.pth", "no such file"]),
-        (["--data_path", "no/where"], ["--data_path no/where", "train/"]),
+        (["--data_path", "no/where"], ["--data_path", "no/where", "does not exist"]),
         (["--num_labels", "18"], ["--num_labels 18", "19 classes"]),
         (["--lr", "0"], ["--lr 0"]),
         (["--lr", "0.1", "-1"], ["--lr -1"]),

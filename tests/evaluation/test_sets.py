@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from evaluation.sets import common_labels
+from evaluation.sets import common_labels, open_train_and_test
+from tests.launch import make_images
 from tests.sources import Stripes
 from utils import UsageError
 
@@ -16,3 +17,19 @@ def test_classes_are_matched_by_name_and_not_by_number():
     test.labels = np.array([-1, 0, 1, 0])
     with pytest.raises(UsageError, match="without a class"):
         common_labels(train, test)
+
+
+def test_train_and_test_images_are_found_in_a_root_or_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for part, count in (("train", 4), ("val", 6), ("test", 8)):
+        make_images(tmp_path / "set" / part, count, 2)
+    root = str(tmp_path / "set")
+    with pytest.raises(UsageError, match=rf"could each be the test images; .*--eval_data_path {root}/test"):
+        open_train_and_test(root, None)
+    for named, count in ((f"{root}/test", 8), (f"{root}/val", 6)):
+        assert [len(source) for source in open_train_and_test(root, None, eval_data_path=named)] == [4, count]
+        assert [len(source) for source in open_train_and_test(f"{root}/train", 1, eval_data_path=named)] == [2, count]
+    with pytest.raises(UsageError, match=r"pass that as well"):
+        open_train_and_test(None, None, eval_data_path=root)
+    with pytest.raises(UsageError, match=rf"has no train/ and val/ \(or test/\) with a folder per class; pass {root}$"):
+        open_train_and_test(f"{root}/val", None)
