@@ -22,11 +22,12 @@ from torchvision import transforms
 from data.bundled import photograph_paths
 from data.datasets import EXTENSIONS, BadImage
 from data.decode import decode_pil
+from data.listing import is_hidden, is_image
 from data.preprocess import MEAN, STD, to_pixels
 from evaluation.features import evaluating
 from evaluation.network import add_network_arguments, network_from_options
 from randomness import counted_uniforms
-from utils import Parser, UsageError, check_writable, init_world, log, make_folder, run_cli
+from utils import Parser, UsageError, check_writable, escape, init_world, log, make_folder, run_cli
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a network to maps and masks
@@ -175,10 +176,13 @@ def image_files(path: str | None) -> list[Path]:
     place = Path(path)
     if place.is_file():
         return [place]
-    found = sorted(file for file in place.rglob("*") if file.suffix.lower() in EXTENSIONS) if place.is_dir() else []
+    files = sorted(place.rglob("*")) if place.is_dir() else []
+    found = [f for f in files if is_image(f.name) and not any(map(is_hidden, f.relative_to(place).parts))]
     if not found:
         what = "no image in this folder" if place.is_dir() else "no such file or folder"
-        raise UsageError(f"--image_path {place}: {what}; pass an image ({', '.join(EXTENSIONS[:3])}, ...) or a folder")
+        raise UsageError(
+            f"--image_path {escape(place)}: {what}; pass an image ({', '.join(EXTENSIONS[:3])}, ...) or a folder"
+        )
     return found
 
 
@@ -187,9 +191,9 @@ def read_image(path: Path, size: list[int]) -> torch.Tensor:
     try:
         image = decode_pil(path.read_bytes(), str(path))
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UsageError(f"{escape(path)}: cannot be read: {error.strerror}") from error
     except BadImage as error:
-        raise UsageError(f"{path}: cannot be read as an image ({error.reason}); mend or remove it") from error
+        raise UsageError(f"{escape(path)}: cannot be read as an image ({error.reason}); mend or remove it") from error
     steps = [transforms.Resize(size if len(size) == 2 else size[0]), transforms.ToTensor()]
     return transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(image)
 
@@ -263,7 +267,7 @@ def main() -> None:
     with evaluating(model):
         for file, folder in zip(files, result_folders(files, args.output_dir), strict=True):
             visualise(model, read_image(file, args.image_size).to(world.device), folder, args.threshold)
-            log.info(f"{file} -> {folder}/")
+            log.info(f"{escape(file)} -> {escape(folder)}/")
 
 
 if __name__ == "__main__":

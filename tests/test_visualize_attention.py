@@ -20,6 +20,7 @@ from visualize_attention import (
     blended,
     bright_colour,
     heat,
+    image_files,
     keep_mass,
     main,
     read_image,
@@ -111,6 +112,13 @@ def test_the_sheet_holds_the_image_the_mean_and_every_head(heads):
     assert sheets[0].shape[0] * sheets[0].shape[1] > cells * 240 * 240
     wider = attention_sheet(image, torch.rand(heads, 6, 6), [image] * heads)
     assert wider.size > sheets[0].size
+
+
+def test_hidden_pictures_of_a_folder_are_passed_over(tmp_path):
+    for name in (".shown/b.jpg", ".shown/._b.jpg", ".shown/@eaDir/b.jpg/thumb.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert image_files(str(tmp_path / ".shown")) == [tmp_path / ".shown" / "b.jpg"]
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
