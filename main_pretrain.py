@@ -46,6 +46,7 @@ from utils import (
     barrier,
     batch_dtype,
     cosine_scheduler,
+    escape,
     git_revision,
     init_world,
     keep_large_blocks,
@@ -287,7 +288,7 @@ def describe(run: Run) -> None:
         "git: %s, torch %s, %d process(es) on %s", git_revision(), torch.__version__, run.world.size, run.world.device
     )
     for name, value in sorted(vars(run.args).items()):
-        log.info("%s: %s", name, value)
+        log.info("%s: %s", name, escape(str(value)))
     for line in compare_with_presets(run.args, run.world.size):
         log.info("%s", line)
     log.info(
