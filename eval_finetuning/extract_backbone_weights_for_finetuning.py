@@ -15,7 +15,8 @@ import torch
 
 from models.adapt import select_class_tokens
 from models.checkpoints import Info, load_tensors, network_from_file, read_backbone
-from models.layouts import NOT_NEEDED, State, arch_of, describe, swin_arguments, vit_arguments
+from models.layouts.names import NOT_NEEDED, State
+from models.layouts.shapes import arch_of, describe, swin_arguments, vit_arguments
 from models.safe_load import CheckpointError
 from models.vit import VisionTransformer
 from utils import Parser, UsageError, run_cli, save_torch

@@ -12,7 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.checkpoints import Info, Report, compare
-from models.layouts import State, advice, square_side
+from models.layouts.names import State, square_side
+from models.layouts.shapes import advice
 from models.safe_load import CheckpointError
 from utils import log
 

@@ -3,7 +3,7 @@
     python -m models.checkpoints FILE                    what is this file?
     python -m models.checkpoints FILE --to OUT.pth       its backbone as a flat file that timm loads
 
-A file is opened without running any code in it (models/safe_load.py), its layout is looked up in models/layouts.py,
+A file is opened without running any code in it (models/safe_load.py), its layout is looked up in models/layouts/,
 and its tensors get the names of models/vit.py and models/swin.py there. A backbone is loaded whole or not at all:
 ``load_backbone`` refuses, with a table of what did not match, instead of leaving some weights random.
 """
@@ -19,20 +19,9 @@ import torch
 import torch.nn as nn
 
 from models import ALIASES, backbone_names, build_backbone, is_swin, is_vision_transformer
-from models.layouts import (
-    NAME_OF_SHAPE,
-    NOT_NEEDED,
-    Layout,
-    State,
-    advice,
-    arch_of,
-    describe,
-    recognise,
-    recorded_arguments,
-    swin_arguments,
-    to_timm,
-    vit_arguments,
-)
+from models.layouts.names import NOT_NEEDED, State, to_timm
+from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, swin_arguments, vit_arguments
+from models.layouts.table import Layout, recognise, recorded_arguments
 from models.safe_load import CheckpointError, load_file
 from models.vit import VisionTransformer
 from utils import Parser, UsageError, run_cli, save_torch

@@ -8,7 +8,7 @@ import torch
 
 from eval_finetuning.extract_backbone_weights_for_finetuning import main
 from models.checkpoints import load_tensors, read_backbone
-from models.layouts import swin_arguments, vit_arguments
+from models.layouts.shapes import swin_arguments, vit_arguments
 from models.swin import SwinTransformer
 from models.vit import VisionTransformer
 from tests.test_parity import GOLDEN

@@ -20,15 +20,9 @@ from models.checkpoints import (
     read_backbone,
     weights_hash,
 )
-from models.layouts import (
-    NAME_OF_SHAPE,
-    SWIN_OF_SHAPE,
-    describe,
-    recorded_arguments,
-    swin_arguments,
-    to_timm,
-    vit_arguments,
-)
+from models.layouts.names import to_timm
+from models.layouts.shapes import NAME_OF_SHAPE, SWIN_OF_SHAPE, describe, swin_arguments, vit_arguments
+from models.layouts.table import recorded_arguments
 from models.safe_load import CheckpointError, load_file
 from models.vit import VisionTransformer
 from utils import UsageError, run_cli

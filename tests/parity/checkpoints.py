@@ -9,7 +9,8 @@ from data.preprocess import MEAN, STD
 from evaluation.features import Feature, class_token, multiscale_class_token
 from evaluation.linear_heads import heads_of
 from models.checkpoints import choose_tensors, compare, load_tensors, read_backbone
-from models.layouts import LAYOUTS, plain_name
+from models.layouts.names import plain_name
+from models.layouts.table import LAYOUTS
 from models.safe_load import load_file
 from tests.parity import Case
 from tests.parity.networks import build_vit

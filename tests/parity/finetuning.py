@@ -8,7 +8,7 @@ import torch
 from evaluation.finetune_steps import Stepper, soft_cross_entropy
 from models.adapt import resize_positions
 from models.finetuned import FinetunedSwin, FinetunedTransformer, layer_decay_groups
-from models.layouts import vit_arguments
+from models.layouts.shapes import vit_arguments
 from tests.parity import Case
 from utils import cosine_scheduler
 

@@ -1,0 +1,77 @@
+"""Names of tensors: from those of published files to those of our networks, and to timm's. Pure functions on dicts."""
+
+import re
+
+import torch
+
+State = dict[str, torch.Tensor]
+
+WRAPPERS = ("module.", "_orig_mod.", "backbone.", "encoder.")
+
+# in files: heads, classifiers and decoders, whoever saved them
+NOT_BACKBONE = re.compile(
+    r"(\w+_)?head(_\w+)?\.|(fc|linear|classifier|lp|decoder_\w+)(\.|$)|\d+\.(module\.)?linear\.|fc_norm\."
+)
+# in networks: what only pretraining reads, or what follows from the architecture
+NOT_NEEDED = re.compile(r"masked_embed$|.*\b(num_batches_tracked|relative_position_index|attn_mask)$")
+
+
+def plain_name(name: str) -> str:
+    """``name`` without the wrappers it starts with: DDP, torch.compile, multi-crop wrapper (UDI's twice), UNIC encoder.
+
+    Only leading ones: the originals remove the words anywhere, which is the same for every published file, and riskier.
+    """
+    while prefix := next((prefix for prefix in WRAPPERS if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def strip_wrappers(state: State) -> State:
+    return {plain_name(name): tensor for name, tensor in state.items()}
+
+
+def unchunk_blocks(state: State) -> State:
+    """``blocks.<chunk>.<i>.`` -> ``blocks.<i>.``: DINOv2 and UNIC group blocks in chunks; i counts through them."""
+    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): tensor for name, tensor in state.items()}
+
+
+def rename_tokens_and_scales(state: State) -> State:
+    """DINOv2's and timm's names of LayerScale, registers and mask token -> those of models/vit.py."""
+    names = {"reg_token": "register_tokens", "mask_token": "masked_embed"}
+    return {
+        names.get(name, re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name)): tensor for name, tensor in state.items()
+    }
+
+
+def add_class_position(state: State) -> State:
+    """A zero position for the class token where only patches have one (DeiT III, registers in timm): same network."""
+    if not {"pos_embed", "cls_token"} <= state.keys():
+        return state
+    classes, positions = state["cls_token"].shape[1], state["pos_embed"]
+    if square_side(positions.shape[1] - classes) or not square_side(positions.shape[1]):
+        return state
+    return state | {"pos_embed": torch.cat((positions.new_zeros(1, classes, positions.shape[2]), positions), dim=1)}
+
+
+def to_timm(state: State, fold_class_position: bool | None = None) -> State:
+    """Our names -> those of timm's vision transformers without classifier; heads and mask token stay behind.
+
+    ``fold_class_position``: add the class token's position to the token itself and keep those of patches only, as timm
+    holds networks with registers and DeiT III; None folds for those. Of several class tokens timm gets the first.
+    """
+    state = {name: tensor for name, tensor in state.items() if not (NOT_BACKBONE.match(name) or name == "masked_embed")}
+    if {"cls_token", "pos_embed"} <= state.keys():
+        token, position = state["cls_token"][:, :1], state["pos_embed"][:, :1]
+        patches = state["pos_embed"][:, state["cls_token"].shape[1] :]
+        if fold_class_position is None:
+            fold_class_position = "register_tokens" in state or not position.any()
+        state["cls_token"] = token + position if fold_class_position else token.clone()
+        state["pos_embed"] = patches.clone() if fold_class_position else torch.cat((position, patches), dim=1)
+    names = {"register_tokens": "reg_token"}
+    return {names.get(name, re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)): t for name, t in state.items()}
+
+
+def square_side(count: int) -> int | None:
+    """The side of a square grid of ``count`` patches, None when there is none."""
+    side = round(max(count, 0) ** 0.5)
+    return side if side > 0 and side * side == count else None

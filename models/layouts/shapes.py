@@ -1,0 +1,140 @@
+"""Which network the tensors of a file are, by their names and shapes, and what to pass for it."""
+
+import re
+
+from models.layouts.names import State, square_side
+
+NAME_OF_SHAPE = {  # (width, blocks); a test compares it with models/vit.py
+    (128, 4): "vit_micro",
+    (192, 12): "vit_tiny",
+    (384, 12): "vit_small",
+    (768, 12): "vit_base",
+    (1024, 24): "vit_large",
+}
+
+
+def vit_arguments(state: State) -> dict | None:
+    """Arguments of ``VisionTransformer``, all but ``num_heads``, which no shape shows; None for other networks."""
+    try:
+        patch, classes, positions = state["patch_embed.proj.weight"], state["cls_token"], state["pos_embed"]
+        hidden, qkv = state["blocks.0.mlp.fc1.weight"], state["blocks.0.attn.qkv.weight"]
+    except KeyError:
+        return None
+    side = square_side(positions.shape[1] - classes.shape[1])
+    if side is None or qkv.shape[0] != 3 * patch.shape[0]:
+        return None
+    return {
+        "embed_dim": patch.shape[0],
+        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "patch_size": patch.shape[-1],
+        "img_size": side * patch.shape[-1],
+        "mlp_ratio": hidden.shape[0] / hidden.shape[1],
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "init_values": 1e-5 if "blocks.0.gamma_1" in state else 0.0,
+        "num_class_tokens": classes.shape[1],
+        "num_registers": state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+        "use_mean_pooling": "fc_norm.weight" in state and "norm.weight" not in state,
+    }
+
+
+SWIN_OF_SHAPE = {  # (width of the first stage, blocks of every stage); a test compares it with models/swin.py
+    (96, (2, 2, 6, 2)): "swin_tiny",
+    (96, (2, 2, 18, 2)): "swin_small",
+    (128, (2, 2, 18, 2)): "swin_base",
+    (192, (2, 2, 18, 2)): "swin_large",
+}
+
+
+def swin_arguments(state: State) -> dict | None:
+    """Arguments of ``SwinTransformer``, all but ``img_size``; None for other networks.
+
+    The window is the largest of all stages: in the last ones it is as small as the map was when the network was built.
+    """
+    table = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table")
+    tables = {tuple(map(int, m.groups())): tensor for name, tensor in state.items() if (m := table.fullmatch(name))}
+    try:
+        patch, hidden = state["patch_embed.proj.weight"], state["layers.0.blocks.0.mlp.fc1.weight"]
+        heads = tuple(tables[stage, 0].shape[1] for stage in range(1 + max(stage for stage, _ in tables)))
+    except (KeyError, ValueError):
+        return None
+    return {
+        "embed_dim": patch.shape[0],
+        "depths": tuple(sum(stage == s for s, _ in tables) for stage in range(len(heads))),
+        "num_heads": heads,
+        "patch_size": patch.shape[-1],
+        "mlp_ratio": hidden.shape[0] / hidden.shape[1],
+        "window_size": max(round(tensor.shape[0] ** 0.5 + 1) // 2 for tensor in tables.values()),
+    }
+
+
+def arch_of(state: State) -> str | None:
+    """The name of the architecture among ours, from the shapes; None for any other."""
+    if shape := vit_arguments(state):
+        return NAME_OF_SHAPE.get((shape["embed_dim"], shape["depth"]))
+    shape = swin_arguments(state)
+    return SWIN_OF_SHAPE.get((shape["embed_dim"], shape["depths"])) if shape else None
+
+
+def describe(state: State) -> str:
+    """What network the tensors are, in words."""
+    shape = vit_arguments(state)
+    if shape:
+        name = arch_of(state) or "vision transformer"
+        side = shape["img_size"] // shape["patch_size"]
+        extras = [f"{shape['num_class_tokens']} class tokens"] * (shape["num_class_tokens"] > 1)
+        extras += [f"{shape['num_registers']} registers"] * (shape["num_registers"] > 0)
+        extras += ["LayerScale"] * (shape["init_values"] > 0)
+        extras += ["mean pooling"] * shape["use_mean_pooling"]
+        return ", ".join(
+            [
+                f"{name} (width {shape['embed_dim']}, {shape['depth']} blocks)",
+                f"patch {shape['patch_size']}",
+                f"{side} x {side} positions ({shape['img_size']} px)",
+                *extras,
+            ]
+        )
+    if shape := swin_arguments(state):
+        blocks = "+".join(map(str, shape["depths"]))
+        return (
+            f"{arch_of(state) or 'Swin transformer'} (width {shape['embed_dim']}, {blocks} blocks), "
+            f"patch {shape['patch_size']}, window {shape['window_size']}"
+        )
+    kinds = {
+        "layers.0.": "transformer of several stages",
+        "stage0.0.proj.": "CvT",
+        "layer1.0.norm_embed.": "Vision Longformer",
+        "layer1.0.conv1.": "ResNet",
+        "visual.": "CLIP",
+        "module.linear.": "linear classifier",
+        "linear.": "linear classifier",
+    }
+    kind = next((kind for prefix, kind in kinds.items() if any(n.startswith(prefix) for n in state)), "unknown network")
+    return f"{kind} of {len(state)} tensors"
+
+
+def advice(target: State, state: State) -> str:
+    """What to pass instead, from the shapes on both sides."""
+    ours, theirs = vit_arguments(dict(target)), vit_arguments(state)
+    if theirs and theirs["use_mean_pooling"] and not (ours and ours["use_mean_pooling"]):
+        return "The file pools patch tokens (fc_norm instead of norm), which this network does not do"
+    swins = swin_arguments(dict(target)), swin_arguments(state)
+    if all(swins):
+        name = arch_of(state)
+        tips = [f"--arch {name}" if name else "its own --arch"] if name is None or name != arch_of(target) else []
+        if swins[0]["window_size"] != swins[1]["window_size"]:
+            tips.append(f"--window_size {swins[1]['window_size']}")
+        return f"The file holds a {describe(state)}" + (f": pass {', '.join(tips)}" if tips else "")
+    if ours is None or theirs is None:
+        return f"The file holds a {describe(state)}: pass --arch {arch_of(state) or 'that it was trained with'}"
+    tips = []
+    if any(ours[key] != theirs[key] for key in ("embed_dim", "depth", "mlp_ratio")):
+        name = NAME_OF_SHAPE.get((theirs["embed_dim"], theirs["depth"]))
+        tips.append(f"--arch {name}" if name else "its own --arch (none of ours has this width and depth)")
+    if ours["patch_size"] != theirs["patch_size"]:
+        tips.append(f"--patch_size {theirs['patch_size']}")
+    if ours["img_size"] // ours["patch_size"] != theirs["img_size"] // theirs["patch_size"]:
+        tips.append(f"img_size={theirs['img_size']} to build_backbone (the evaluations do so by themselves)")
+    for key in ("num_class_tokens", "num_registers", "init_values"):
+        if ours[key] != theirs[key]:
+            tips.append(f"{key}={theirs[key]:g} to build_backbone")
+    return f"The file holds a {describe(state)}" + (f": pass {', '.join(tips)}" if tips else "")

@@ -1,0 +1,113 @@
+"""Layouts of published checkpoints: how each is recognised, and how its names become those of our networks.
+
+One table, ``LAYOUTS``. Opening files, loading networks and saying what matched is the business of
+models/checkpoints.py.
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from models.layouts.names import (
+    NOT_BACKBONE,
+    NOT_NEEDED,
+    State,
+    add_class_position,
+    rename_tokens_and_scales,
+    strip_wrappers,
+    unchunk_blocks,
+)
+
+
+class Contents(NamedTuple):
+    """What a layout is recognised by."""
+
+    file: dict  # everything at the top level
+    saved: State  # the tensors in question, under the names they were saved with
+    tensors: State  # the same without wrappers
+
+    def has(self, *prefixes: str) -> bool:
+        return any(name.startswith(prefixes) for name in self.tensors)
+
+    def class_tokens(self) -> int:
+        return self.tensors["cls_token"].shape[1] if "cls_token" in self.tensors else 0
+
+    def was_wrapped_in(self, part: str) -> bool:
+        return any(part in name for name in self.saved)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row: what it is called, whose it is, how it is recognised, how its names become ours."""
+
+    name: str
+    method: str | None  # None: several methods write it, or the file says so itself
+    recognise: Callable[[Contents], bool]
+    convert: tuple[Callable[[State], State], ...] = (strip_wrappers,)
+    not_needed: str = r"(?!)"  # further names that are no part of a network to be evaluated
+
+    def belongs_to_backbone(self, name: str) -> bool:
+        return not (NOT_BACKBONE.match(name) or NOT_NEEDED.match(name) or re.match(self.not_needed, name))
+
+
+def recorded_arguments(file: dict) -> dict:
+    """Options of the training run: a dict, or the Namespace that the originals save."""
+    arguments = file.get("args", {})
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def _masks_by_attention(file: dict) -> bool:
+    return "attmask" in str(recorded_arguments(file).get("pred_shape"))
+
+
+RENAMED = (strip_wrappers, rename_tokens_and_scales, add_class_position)
+CHUNKED = (strip_wrappers, unchunk_blocks, rename_tokens_and_scales, add_class_position)
+HIERARCHIES = ("layers.0.", "stage0.0.proj.", "layer1.0.norm_embed.")  # Swin, CvT, Vision Longformer
+MUGS_ONLY, UDI_ONLY = r"relation_blocks\.", r"(attn|norm1)\."  # UDI: the module that mixes views
+
+# fmt: off
+LAYOUTS = (
+    # training checkpoints, told apart by what the methods keep beside their networks
+    Layout("Tutelage training checkpoint", None, lambda c: "tutelage" in c.file, not_needed=f"{MUGS_ONLY}|{UDI_ONLY}"),
+    Layout("Mugs training checkpoint", "mugs", lambda c: "group-sup." in c.file, not_needed=MUGS_ONLY),
+    Layout("UDI training checkpoint", "udi", lambda c: "udi_loss" in c.file, not_needed=UDI_ONLY),
+    Layout("UNIC training checkpoint", "unic", lambda c: "teacher_ft_stats" in c.file, CHUNKED),
+    Layout("AttMask training checkpoint", "attmask", lambda c: "ibot_loss" in c.file and _masks_by_attention(c.file)),
+    Layout("iBOT training checkpoint", "ibot", lambda c: "ibot_loss" in c.file),
+    Layout("EsViT training checkpoint", "esvit", lambda c: "dino_loss" in c.file and (
+        c.has("head_dense.", *HIERARCHIES)
+        or c.was_wrapped_in("backbone.backbone.") or not c.was_wrapped_in("backbone."))),
+    Layout("DINO training checkpoint", "dino", lambda c: "dino_loss" in c.file),
+    # networks, told apart by their tensors
+    Layout("UDI network", "udi", lambda c: c.was_wrapped_in("backbone.backbone.cls_token"), not_needed=UDI_ONLY),
+    Layout("UDI backbone", "udi", lambda c: c.class_tokens() > 1),
+    Layout("Mugs backbone", "mugs", lambda c: c.has("relation_blocks."), not_needed=MUGS_ONLY),
+    Layout("backbone with a linear classifier (combined by iBOT or AttMask)", None,
+           lambda c: {"linear.weight", "cls_token"} <= c.tensors.keys()),
+    Layout("linear classifier", None, lambda c: all("linear" in name.split(".") for name in c.tensors)),
+    Layout("DINOv2", "dinov2", lambda c: "mask_token" in c.tensors
+           and c.has("register_tokens", "blocks.0.ls1.", "blocks.0.0.ls1."), CHUNKED),
+    Layout("UNIC encoder", "unic", lambda c: c.has("blocks.0.0."), CHUNKED),
+    Layout("MAE with decoder", "mae", lambda c: c.has("decoder_blocks."), RENAMED),
+    Layout("fine-tuned MAE", "mae", lambda c: "model" in c.file and c.has("fc_norm."), RENAMED),
+    Layout("supervised Swin", "swin", lambda c: "model" in c.file and c.has(*HIERARCHIES)),
+    Layout("DeiT", "deit", lambda c: "model" in c.file and c.has("head.", "head_dist."), RENAMED),
+    Layout("MAE", "mae", lambda c: "model" in c.file, RENAMED),
+    Layout("CLIP", "clip", lambda c: c.has("visual.")),
+    Layout("timm", None, lambda c: c.has("reg_token", "blocks.0.ls1.", "fc_norm.", "norm_pre.", "head."), RENAMED),
+    Layout("iBOT backbone", "ibot", lambda c: "masked_embed" in c.tensors),
+    Layout("backbone under state_dict (iBOT, AttMask)", None, lambda c: list(c.file) == ["state_dict"]),
+    Layout("Swin, CvT or Vision Longformer", None, lambda c: c.has(*HIERARCHIES)),
+    Layout("backbone only", None, lambda c: c.has("cls_token", "conv1.", "patch_embed."), RENAMED),
+    Layout("unknown layout", None, lambda c: True, RENAMED),
+)
+# fmt: on
+
+
+def recognise(file: dict, tensors: State) -> Layout:
+    """The first row of the table that fits ``file``, of which ``tensors`` are the network in question."""
+    contents = Contents(file, tensors, strip_wrappers(tensors))
+    return next(layout for layout in LAYOUTS if layout.recognise(contents))
