@@ -71,7 +71,7 @@ MUGS_ONLY, UDI_ONLY = r"relation_blocks\.", r"(attn|norm1)\."  # UDI: the module
 # fmt: off
 LAYOUTS = (
     # training checkpoints, told apart by what the methods keep beside their networks
-    Layout("Tutelage training checkpoint", None, lambda c: "tutelage" in c.file, not_needed=f"{MUGS_ONLY}|{UDI_ONLY}"),
+    Layout("Tutelage training checkpoint", None, lambda c: "tutelage" in c.file, CHUNKED, f"{MUGS_ONLY}|{UDI_ONLY}"),
     Layout("Mugs training checkpoint", "mugs", lambda c: "group-sup." in c.file, not_needed=MUGS_ONLY),
     Layout("UDI training checkpoint", "udi", lambda c: "udi_loss" in c.file, not_needed=UDI_ONLY),
     Layout("UNIC training checkpoint", "unic", lambda c: "teacher_ft_stats" in c.file, CHUNKED),

@@ -206,6 +206,19 @@ def test_a_file_of_ours_is_recognised_and_says_its_method_and_architecture(tmp_p
     assert report.ignored == ["head.mlp.0.weight", "head.last_layer.weight_g"]
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_file_of_ours_with_blocks_in_chunks_gives_the_same_features(tmp_path, chunk):
+    model = tiny(init_values=1.0, masked_im_modeling=True)
+    state = {f"module.encoder.{name}": t for name, t in dinov2_names(model.state_dict(), chunk).items()}
+    state["module.lp.dino.cls.0.weight"] = torch.zeros(3, 12)
+    file = {"model": state, "epoch": 2, "args": {}, "tutelage": {"format": 1, "method": "unic", "iteration": 30}}
+    report = load_backbone(other := tiny(init_values=1.0), saved(tmp_path, file))
+    assert (report.info.layout.name, report.info.method) == ("Tutelage training checkpoint", "unic")
+    assert report.ignored == ["masked_embed", "lp.dino.cls.0.weight"]
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(other(images), model(images))
+
+
 def test_a_residual_network_wrapped_for_batch_norm_loads_and_its_counters_are_not_needed(tmp_path):
     model = build_backbone("resnet18")
     state = {f"module.backbone.{n}": t for n, t in model.state_dict().items() if "num_batches" not in n}
