@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from models.layouts.names import unwrapped
 from models.safe_load import CheckpointError
 from randomness import counted_seed
 from utils import all_reduce_sum
@@ -173,7 +174,7 @@ def best_head(accuracies: Sequence[float]) -> int:
 # Files, as DINO, iBOT and AttMask lay them out
 # ---------------------------------------------------------------------------------------------------------------------
 
-HEAD_NAME = re.compile(r"(?:(?P<head>\d+)\.)?(?:module\.)?linear\.(?P<part>weight|bias)")
+HEAD_NAME = re.compile(r"(?:(?P<head>\d+)\.)?linear\.(?P<part>weight|bias)")
 
 
 def saved_heads(probe: Probe, epoch: int, epochs: int) -> dict:
@@ -214,7 +215,7 @@ def heads_of(file: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
     state = file.get("state_dict", file)
     found: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items() if isinstance(state, dict) else ():
-        if isinstance(name, str) and (match := HEAD_NAME.fullmatch(name)):
+        if isinstance(name, str) and (match := HEAD_NAME.fullmatch(unwrapped(name))):
             found.setdefault(int(match["head"] or 0), {})[match["part"]] = tensor
     return [(found[head]["weight"], found[head]["bias"]) for head in sorted(found) if len(found[head]) == 2]
 

@@ -49,11 +49,12 @@ def read_backbone(path: str | Path, checkpoint_key: str = "teacher") -> tuple[St
     """
     file = load_file(path, mapped=True)
     key, tensors = choose_tensors(file, checkpoint_key, path)
-    layout, state = recognise(file, tensors), tensors
-    for step in layout.convert:
-        state = step(state)
-    if len(state) != len(tensors):
-        raise CheckpointError(f"{path}: several tensors would get one name: it holds more than one network; split it")
+    try:
+        layout, state = recognise(file, tensors), tensors
+        for step in layout.convert:
+            state = step(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     notes = []
     if key != checkpoint_key:
         notes.append(f"no key {checkpoint_key!r}: took the weights from {f'key {key!r}' if key else 'the file itself'}")

@@ -1,46 +1,65 @@
 """Names of tensors: from those of published files to those of our networks, and to timm's. Pure functions on dicts."""
 
 import re
+from collections.abc import Callable
 
 import torch
 
+from models.safe_load import CheckpointError
+
 State = dict[str, torch.Tensor]
 
-WRAPPERS = ("module.", "_orig_mod.", "backbone.", "encoder.")
+# what wraps a module in place, wherever that module stands: DDP, torch.compile, FSDP, recomputed blocks, Fabric
+WRAPPER = re.compile(
+    r"\b(module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+# what holds a network beside its head, so only in front: multi-crop wrapper (UDI's twice), UNIC's encoder
+HOLDERS = ("backbone.", "encoder.")
 
 # in files: heads, classifiers and decoders, whoever saved them
 NOT_BACKBONE = re.compile(
     r"(\w+_)?head(_\w+)?\.|(fc|linear|classifier|lp|decoder_\w+)(\.|$)|\d+\.(module\.)?linear\.|fc_norm\."
 )
 # in networks: what only pretraining reads, or what follows from the architecture
-NOT_NEEDED = re.compile(r"masked_embed$|.*\b(num_batches_tracked|relative_position_index|attn_mask)$")
+NOT_NEEDED = re.compile(r"masked_embed$|n_averaged$|.*\b(num_batches_tracked|relative_position_index|attn_mask)$")
+
+
+def unwrapped(name: str) -> str:
+    """``name`` without the words of wrappers, wherever they stand: blocks can be wrapped one by one."""
+    return WRAPPER.sub("", name)
 
 
 def plain_name(name: str) -> str:
-    """``name`` without the wrappers it starts with: DDP, torch.compile, multi-crop wrapper (UDI's twice), UNIC encoder.
-
-    Only leading ones: the originals remove the words anywhere, which is the same for every published file, and riskier.
-    """
-    while prefix := next((prefix for prefix in WRAPPERS if name.startswith(prefix)), None):
+    """``name`` without the words of wrappers, and without what holds the network in front."""
+    name = unwrapped(name)
+    while prefix := next((prefix for prefix in HOLDERS if name.startswith(prefix)), None):
         name = name.removeprefix(prefix)
     return name
 
 
+def renamed(state: State, rename: Callable[[str], str]) -> State:
+    """Every tensor under its new name. Raises CheckpointError where two would get the same one."""
+    result = {rename(name): tensor for name, tensor in state.items()}
+    if len(result) < len(state):
+        names = [rename(name) for name in state]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"several tensors would be called {twice}: more than one network, which is to be split")
+    return result
+
+
 def strip_wrappers(state: State) -> State:
-    return {plain_name(name): tensor for name, tensor in state.items()}
+    return renamed(state, plain_name)
 
 
 def unchunk_blocks(state: State) -> State:
     """``blocks.<chunk>.<i>.`` -> ``blocks.<i>.``: DINOv2 and UNIC group blocks in chunks; i counts through them."""
-    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): tensor for name, tensor in state.items()}
+    return renamed(state, lambda name: re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name))
 
 
 def rename_tokens_and_scales(state: State) -> State:
     """DINOv2's and timm's names of LayerScale, registers and mask token -> those of models/vit.py."""
     names = {"reg_token": "register_tokens", "mask_token": "masked_embed"}
-    return {
-        names.get(name, re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name)): tensor for name, tensor in state.items()
-    }
+    return renamed(state, lambda name: names.get(name, re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name)))
 
 
 def add_class_position(state: State) -> State:

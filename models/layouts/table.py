@@ -16,8 +16,10 @@ from models.layouts.names import (
     State,
     add_class_position,
     rename_tokens_and_scales,
+    renamed,
     strip_wrappers,
     unchunk_blocks,
+    unwrapped,
 )
 
 
@@ -25,8 +27,8 @@ class Contents(NamedTuple):
     """What a layout is recognised by."""
 
     file: dict  # everything at the top level
-    saved: State  # the tensors in question, under the names they were saved with
-    tensors: State  # the same without wrappers
+    held: State  # the tensors in question, without the words of wrappers
+    tensors: State  # the same without what holds the network
 
     def has(self, *prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in self.tensors)
@@ -34,8 +36,8 @@ class Contents(NamedTuple):
     def class_tokens(self) -> int:
         return self.tensors["cls_token"].shape[1] if "cls_token" in self.tensors else 0
 
-    def was_wrapped_in(self, part: str) -> bool:
-        return any(part in name for name in self.saved)
+    def was_held_in(self, part: str) -> bool:
+        return any(part in name for name in self.held)
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,10 @@ LAYOUTS = (
     Layout("iBOT training checkpoint", "ibot", lambda c: "ibot_loss" in c.file),
     Layout("EsViT training checkpoint", "esvit", lambda c: "dino_loss" in c.file and (
         c.has("head_dense.", *HIERARCHIES)
-        or c.was_wrapped_in("backbone.backbone.") or not c.was_wrapped_in("backbone."))),
+        or c.was_held_in("backbone.backbone.") or not c.was_held_in("backbone."))),
     Layout("DINO training checkpoint", "dino", lambda c: "dino_loss" in c.file),
     # networks, told apart by their tensors
-    Layout("UDI network", "udi", lambda c: c.was_wrapped_in("backbone.backbone.cls_token"), not_needed=UDI_ONLY),
+    Layout("UDI network", "udi", lambda c: c.was_held_in("backbone.backbone.cls_token"), not_needed=UDI_ONLY),
     Layout("UDI backbone", "udi", lambda c: c.class_tokens() > 1),
     Layout("Mugs backbone", "mugs", lambda c: c.has("relation_blocks."), not_needed=MUGS_ONLY),
     Layout("backbone with a linear classifier (combined by iBOT or AttMask)", None,
@@ -109,5 +111,5 @@ LAYOUTS = (
 
 def recognise(file: dict, tensors: State) -> Layout:
     """The first row of the table that fits ``file``, of which ``tensors`` are the network in question."""
-    contents = Contents(file, tensors, strip_wrappers(tensors))
+    contents = Contents(file, renamed(tensors, unwrapped), strip_wrappers(tensors))
     return next(layout for layout in LAYOUTS if layout.recognise(contents))

@@ -160,6 +160,13 @@ def test_the_optimisers_of_a_file_are_torchs():
     assert len(optimizer.state_dict()["state"]) == 2
 
 
+def test_a_head_is_found_under_the_words_of_any_wrapper():
+    weight, bias = torch.randn(3, 4), torch.randn(3)
+    for prefix in ("", "module.", "_orig_mod.module.", "module._orig_mod.", "_fsdp_wrapped_module."):
+        file = {"state_dict": {f"{prefix}linear.weight": weight, f"{prefix}linear.bias": bias}}
+        assert all(torch.equal(*pair) for pair in zip(heads_of(file)[0], (weight, bias), strict=True))
+
+
 def test_heads_of_another_shape_or_number_are_refused():
     file = saved_heads(make_probe(), 1, EPOCHS)
     with pytest.raises(CheckpointError, match=r"f.pth: holds heads of shape 5 x \(6, 7\), these are 5 x \(6, 8\)"):

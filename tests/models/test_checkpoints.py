@@ -1,5 +1,7 @@
 """Every published layout is recognised and loads whole; whatever is not right is refused in words."""
 
+import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from models import SWINS, build_backbone, swin, vit
 from models.checkpoints import (
@@ -228,11 +231,43 @@ def test_a_residual_network_wrapped_for_batch_norm_loads_and_its_counters_are_no
     assert torch.equal(network.model.conv1.weight, model.conv1.weight)
 
 
-def test_wrappers_are_cut_off_at_the_front_only(tmp_path):
-    state = {f"module._orig_mod.backbone.{name}": tensor for name, tensor in tiny().state_dict().items()}
-    state["blocks.0.module.extra"] = torch.zeros(1)
-    names, _ = read_backbone(saved(tmp_path, state))
-    assert "cls_token" in names and "blocks.0.module.extra" in names
+def wrap_parts(state: dict, word: str) -> dict:
+    """Names of a network of which every block was wrapped, and its MLP once more, and all of it in DDP."""
+    names = {name: re.sub(r"(blocks\.\d+\.)(mlp\.)?", rf"\1{word}.\2", name) for name in state}
+    return {f"module.{name.replace('mlp.', f'mlp.{word}.')}": state[old] for old, name in names.items()}
+
+
+@pytest.mark.parametrize(
+    "word", ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module._orig_mod", "_forward_module"]
+)
+def test_the_words_of_wrappers_are_removed_wherever_they_stand(tmp_path, word):
+    model = tiny()
+    state = wrap_parts(model.state_dict(), word)
+    assert f"module.blocks.1.{word}.mlp.{word}.fc1.weight" in state
+    images = torch.randn(2, 3, 32, 32)
+    for file in (state, {"teacher": {f"{word}.{name}": tensor for name, tensor in state.items()}}):
+        load_backbone(other := tiny(), saved(tmp_path, file))
+        assert torch.equal(other(images), model(images))
+
+
+def test_torchs_own_wrappers_are_removed(tmp_path):
+    model = tiny()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrapped = copy.deepcopy(model)
+    wrapped.blocks[0] = checkpoint_wrapper(wrapped.blocks[0])
+    for index in range(2):
+        wrapped.blocks[index] = torch.compile(wrapped.blocks[index])
+    averaged = torch.optim.swa_utils.AveragedModel(wrapped)
+    assert any("_orig_mod" in name.split(".")[3:] for name in averaged.state_dict())
+    report = load_backbone(other := tiny(), saved(tmp_path, averaged.state_dict()))
+    assert report.ignored == ["n_averaged"]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+
+
+def test_two_networks_that_would_get_the_same_names_are_refused(tmp_path):
+    state = tiny().state_dict()
+    both = state | {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+    assert "several tensors would be called cls_token" in refusal(read_backbone, saved(tmp_path, both))
 
 
 def test_the_key_is_looked_for_then_state_dict_then_model_then_the_file_itself():
