@@ -9,7 +9,6 @@ from models import ALIASES, is_swin, is_vision_transformer
 from models.adapt import load_to_finetune
 from models.checkpoints import Network, choose_architecture, read_backbone
 from models.finetuned import build_finetuned
-from models.safe_load import load_file
 from utils import UsageError, log
 
 
@@ -17,7 +16,7 @@ def build_network(args: argparse.Namespace) -> tuple[Network, Sets]:
     """The network to be fine-tuned, its weights from --finetune, and the images it will see."""
     state, info, recorded = {}, None, {}
     if args.finetune:
-        state, info = read_backbone(args.finetune, key_of(args))
+        state, info = read_backbone(args.finetune, args.checkpoint_key, *args.model_key.split("|"))
         recorded = info.arguments
     sets = build_sets(args, recorded.get("global_crops_size"))
     arch, arguments = architecture(args, state, info)
@@ -52,13 +51,6 @@ def build_network(args: argparse.Namespace) -> tuple[Network, Sets]:
         for note in info.notes:
             log.info(f"{info.path}: {note}")
     return Network(model, arch, arguments, report), sets
-
-
-def key_of(args: argparse.Namespace) -> str:
-    """--checkpoint_key where the file has it, else the first of --model_key, as ``model|module``."""
-    file = load_file(args.finetune, mapped=True)
-    keys = [args.checkpoint_key, *args.model_key.split("|")]
-    return next((key for key in keys if isinstance(file.get(key), dict)), args.checkpoint_key)
 
 
 def architecture(args: argparse.Namespace, state: dict, info: object) -> tuple[str, dict]:

@@ -20,7 +20,7 @@ def write_result(
     result = {
         "evaluation": evaluation,
         "checkpoint": str(info.path) if info else None,
-        "checkpoint_key": (info.key or args.checkpoint_key) if info else None,
+        "checkpoint_key": (info.prefix.removesuffix(".") or info.key or args.checkpoint_key) if info else None,
         "arch": network.label,
         "data": sets.data,
         "numbers": numbers,

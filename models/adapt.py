@@ -104,9 +104,8 @@ def load_to_finetune(model: nn.Module, state: State, info: Info) -> Report:
     fresh = [name for name in target if NEW.match(name) and name not in state]
     report = compare({name: tensor for name, tensor in target.items() if name not in fresh}, state, info)
     if not report.complete:
-        where = f"{info.path}" + (f", key {info.key!r}" if info.key else "")
         tip = _layer_scale_tip(report) or advice(target, state)
-        raise CheckpointError(f"{where}: does not fit the network: {report}. {tip}\n{report.table()}")
+        raise CheckpointError(f"{info.where}: does not fit the network: {report}. {tip}\n{report.table()}")
     model.load_state_dict(target | {name: state[name] for name in report.matched})
     report.untouched += fresh
     return report

@@ -10,7 +10,7 @@ and its tensors get the names of models/vit.py and models/swin.py there. A backb
 
 import argparse
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 from models import ALIASES, backbone_names, build_backbone, is_swin, is_vision_transformer
-from models.layouts.names import NOT_NEEDED, State, to_timm
+from models.layouts.names import NOT_NEEDED, State, below, networks_in, plain_names, renamed, to_timm, unwrapped
 from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, swin_arguments, vit_arguments
 from models.layouts.table import Layout, recognise, recorded_arguments
 from models.safe_load import CheckpointError, load_file
@@ -38,26 +38,42 @@ class Info:
     epoch: int | None
     arguments: dict  # of the training run
     top_level: dict[str, str]  # key -> what stands there
+    prefix: str = ""  # of several networks there, or of one beside other things: what its names begin with
     notes: tuple[str, ...] = ()
 
+    @property
+    def where(self) -> str:
+        """Path, key and prefix, as messages name them."""
+        key, prefix = f", key {self.key!r}" if self.key else "", f", names with {self.prefix}" if self.prefix else ""
+        return f"{self.path}{key}{prefix}"
 
-def read_backbone(path: str | Path, checkpoint_key: str = "teacher") -> tuple[State, Info]:
+
+def read_backbone(path: str | Path, checkpoint_key: str = "teacher", *others: str) -> tuple[State, Info]:
     """The network in ``path`` under our names (its heads, if any, among them), and what the file is.
 
-    The weights are looked for under ``checkpoint_key``, then ``state_dict``, then ``model``, then in the file itself.
-    Raises CheckpointError when none of these holds tensors.
+    The weights are looked for under ``checkpoint_key`` and the ``others``, then ``state_dict``, then ``model``, then in
+    the file itself; where several networks stand there, ``checkpoint_key`` chooses by what their names begin with.
+    Raises CheckpointError when none of these holds tensors, or when it stays open which network is meant.
     """
     file = load_file(path, mapped=True)
-    key, tensors = choose_tensors(file, checkpoint_key, path)
+    key, tensors = choose_tensors(file, checkpoint_key, path, others)
     try:
-        layout, state = recognise(file, tensors), tensors
+        tensors = renamed(tensors, unwrapped)
+        prefix, network = choose_network(tensors, checkpoint_key)
+        layout, state = recognise(file, network), network
         for step in layout.convert:
             state = step(state)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     notes = []
-    if key != checkpoint_key:
-        notes.append(f"no key {checkpoint_key!r}: took the weights from {f'key {key!r}' if key else 'the file itself'}")
+    place = f"key {key!r}" if key else "the file itself"
+    kept = {prefix + name for name in network}
+    if aside := [name for name in tensors if name not in kept]:
+        notes.append(f"left aside in {place}: {_grouped(aside)}")
+    if prefix:
+        notes.append(f"took the network whose names begin with {prefix} from {place}")
+    elif key != checkpoint_key and key not in others:
+        notes.append(f"no key {checkpoint_key!r}: took the weights from {place}")
     if layout.method == "dinov2" and "register_tokens" in state:
         notes.append("DINOv2 with registers resizes positions by another rule: features agree at its own size only")
     ours = file["tutelage"] if isinstance(file.get("tutelage"), dict) else {}
@@ -69,14 +85,17 @@ def read_backbone(path: str | Path, checkpoint_key: str = "teacher") -> tuple[St
         epoch=file["epoch"] if isinstance(file.get("epoch"), int) else None,
         arguments=recorded_arguments(file) | {name: ours[name] for name in ("arch",) if name in ours},
         top_level={str(name): _summary(value) for name, value in file.items()} if key else {},
+        prefix=prefix,
         notes=tuple(notes),
     )
     return state, info
 
 
-def choose_tensors(file: dict, checkpoint_key: str, path: str | Path = "the file") -> tuple[str | None, State]:
+def choose_tensors(
+    file: dict, checkpoint_key: str, path: str | Path = "the file", others: Sequence[str] = ()
+) -> tuple[str | None, State]:
     """(top-level key or None, the named tensors there), looked up in the order that ``read_backbone`` states."""
-    for key in (checkpoint_key, "state_dict", "model"):
+    for key in (checkpoint_key, *others, "state_dict", "model"):
         if tensors := _tensors_of(file.get(key)):
             return key, tensors
     if flat := _tensors_of(file):
@@ -84,6 +103,27 @@ def choose_tensors(file: dict, checkpoint_key: str, path: str | Path = "the file
     held = ", ".join(str(key) for key, value in file.items() if _tensors_of(value))
     advice = f"pass --checkpoint_key with one of: {held}" if held else "it holds no weights at all"
     raise CheckpointError(f"{path}: no weights under {checkpoint_key!r}; {advice}")
+
+
+def choose_network(tensors: State, checkpoint_key: str) -> tuple[str, State]:
+    """(prefix, the tensors below it): what ``checkpoint_key`` names, else the network at the root, else the only one.
+
+    A key names a prefix of which it is a part: ``teacher`` stands for ``model.teacher.`` too.
+    """
+    prefixes = networks_in(tensors)
+    named = [prefix for prefix in prefixes if f".{checkpoint_key}." in f".{prefix}"]
+    if len(named) == 1:
+        prefix = named[0]
+    elif not prefixes or "" in prefixes:
+        prefix = ""
+    elif len(prefixes) == 1:
+        prefix = prefixes[0]
+    else:
+        names = [prefix.removesuffix(".") for prefix in prefixes]
+        raise CheckpointError(
+            f"holds {len(names)} networks: {', '.join(names)}; choose one, as with --checkpoint_key {names[-1]}"
+        )
+    return prefix, below(tensors, prefix, prefixes)
 
 
 def _tensors_of(value) -> State:
@@ -178,17 +218,17 @@ def load_tensors(model: nn.Module, state: State, info: Info) -> Report:
     """``load_backbone`` for what ``read_backbone`` returned."""
     state, report = _fit(model.state_dict(), state, info)
     if not report.complete:
-        where = f"{info.path}" + (f", key {info.key!r}" if info.key else "")
         raise CheckpointError(
-            f"{where}: does not fit the network: {report}. {advice(model.state_dict(), state)}\n{report.table()}"
+            f"{info.where}: does not fit the network: {report}. {advice(model.state_dict(), state)}\n{report.table()}"
         )
     model.load_state_dict(model.state_dict() | {name: state[name] for name in report.matched})
     return report
 
 
 def _fit(target: State, state: State, info: Info) -> tuple[State, Report]:
-    """The naming of ``state``, ours or timm's, under which most of it matches ``target``."""
-    namings = [state]
+    """The naming of ``state``, ours, timm's or with the network's own wrappers, under which most matches ``target``."""
+    own = plain_names(target)
+    namings = [state, {own.get(name, name): tensor for name, tensor in state.items()}]
     if vit_arguments(state):
         namings += [to_timm(state, fold_class_position=fold) for fold in (False, True)]
     reports = [compare(target, naming, info) for naming in namings]

@@ -1,7 +1,8 @@
 """Names of tensors: from those of published files to those of our networks, and to timm's. Pure functions on dicts."""
 
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 
@@ -15,6 +16,14 @@ WRAPPER = re.compile(
 )
 # what holds a network beside its head, so only in front: multi-crop wrapper (UDI's twice), UNIC's encoder
 HOLDERS = ("backbone.", "encoder.")
+
+# a tensor that a network has once and near its images: a vision transformer's, a Swin's, a ResNet's, those of CvT,
+# Vision Longformer, CLIP and Hugging Face
+LANDMARK = re.compile(
+    r"(?P<prefix>(?:.+?\.)??)(?:backbone\.|encoder\.)*"
+    r"(?:(?:embeddings\.)?cls_token|layers\.0\.blocks\.0\.norm1\.weight|layer1\.0\.conv1\.weight|stage0\.0\.proj\.weight"
+    r"|layer1\.0\.norm_embed\.weight|visual\.conv1\.weight|embeddings\.patch_embeddings\.projection\.weight)"
+)
 
 # in files: heads, classifiers and decoders, whoever saved them
 NOT_BACKBONE = re.compile(
@@ -45,6 +54,37 @@ def renamed(state: State, rename: Callable[[str], str]) -> State:
         twice = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(f"several tensors would be called {twice}: more than one network, which is to be split")
     return result
+
+
+def networks_in(names: Collection[str]) -> list[str]:
+    """What stands in front of the names of every network among unwrapped ones: "", "teacher_backbone.", ...
+
+    Networks are told by their landmarks. Without any, what all names begin with counts: it belongs to one network.
+    """
+    found = [match["prefix"] for name in names if (match := LANDMARK.fullmatch(name))]
+    if not found and len(names) > 2:  # two tensors are a classifier, which is called something
+        columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+        shared = itertools.takewhile(lambda words: len(set(words)) == 1, columns)
+        found = ["".join(f"{words[0]}." for words in shared)]
+    return list(dict.fromkeys(found))
+
+
+def below(state: State, prefix: str, others: Sequence[str] = ()) -> State:
+    """The tensors whose names begin with ``prefix``, without it, but for those of the ``others`` that lie deeper."""
+    deeper = tuple(other for other in others if other != prefix and other.startswith(prefix))
+    kept = [name for name in state if name.startswith(prefix) and not name.startswith(deeper)]
+    return {name.removeprefix(prefix): state[name] for name in kept}
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """What a network's ``names`` are called once a file's wrappers, holders and prefix are gone -> those names.
+
+    Some networks have such words in names of their own: iformer's ``mixer.module.0``, DenseNet's ``features.``.
+    """
+    own = {unwrapped(name): name for name in names}
+    prefixes = networks_in(own)
+    prefix = prefixes[0] if len(prefixes) == 1 else ""
+    return {plain_name(name.removeprefix(prefix)): own[name] for name in own}
 
 
 def strip_wrappers(state: State) -> State:

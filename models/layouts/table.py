@@ -16,10 +16,8 @@ from models.layouts.names import (
     State,
     add_class_position,
     rename_tokens_and_scales,
-    renamed,
     strip_wrappers,
     unchunk_blocks,
-    unwrapped,
 )
 
 
@@ -27,7 +25,7 @@ class Contents(NamedTuple):
     """What a layout is recognised by."""
 
     file: dict  # everything at the top level
-    held: State  # the tensors in question, without the words of wrappers
+    held: State  # the network in question, without the words of wrappers
     tensors: State  # the same without what holds the network
 
     def has(self, *prefixes: str) -> bool:
@@ -110,6 +108,6 @@ LAYOUTS = (
 
 
 def recognise(file: dict, tensors: State) -> Layout:
-    """The first row of the table that fits ``file``, of which ``tensors`` are the network in question."""
-    contents = Contents(file, renamed(tensors, unwrapped), strip_wrappers(tensors))
+    """The first row that fits ``file``, of which ``tensors``, unwrapped, are the network in question."""
+    contents = Contents(file, tensors, strip_wrappers(tensors))
     return next(layout for layout in LAYOUTS if layout.recognise(contents))
