@@ -1,7 +1,7 @@
 """Checkpoints: every published layout of this family of methods, read safely and under our names.
 
     python -m models.checkpoints FILE                    what is this file?
-    python -m models.checkpoints FILE --to OUT.pth       its backbone as a flat file that timm loads
+    python -m models.checkpoints FILE --to OUT.pth       its backbone as a flat file that timm loads (or .safetensors)
 
 A file is opened without running any code in it (models/safe_load.py), its layout is looked up in models/layouts/,
 and its tensors get the names of models/vit.py and models/swin.py there. A backbone is loaded whole or not at all:
@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from models import ALIASES, backbone_names, build_backbone, is_swin, is_vision_transformer
 from models.layouts.names import NOT_NEEDED, State, below, networks_in, plain_names, renamed, to_timm, unwrapped
@@ -24,7 +26,7 @@ from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, swin
 from models.layouts.table import Layout, recognise, recorded_arguments
 from models.safe_load import CheckpointError, load_file
 from models.vit import VisionTransformer
-from utils import Parser, UsageError, run_cli, save_torch
+from utils import Parser, UsageError, run_cli, save_atomically, save_torch
 
 
 @dataclass(frozen=True)
@@ -324,7 +326,7 @@ def main() -> int:
     parser.add_argument("--checkpoint_key", default="teacher", help="top-level key of the network in question")
     parser.add_argument("--arch", default=None, help="compare with this architecture; left out: the file's own")
     parser.add_argument("--patch_size", default=None, type=int, help="compare with this patch size; left out: its own")
-    parser.add_argument("--to", default=None, help="write the backbone here: a flat file under timm's names")
+    parser.add_argument("--to", default=None, help="write the backbone here, .pth or .safetensors, under timm's names")
     args = parser.parse_args()
     state, info = read_backbone(args.file, args.checkpoint_key)
 
@@ -382,10 +384,18 @@ def _convert(state: State, info: Info, target: Path, say: Callable) -> None:
         say("note", "timm knows one class token: the others are left out, which changes the features slightly")
     flat = to_timm(flat)
     try:
-        save_torch(flat, target)
-    except OSError as error:
+        if target.suffix == ".safetensors":  # timm tells the formats apart by the name
+            save_atomically(target, lambda temporary: save_file(_contiguous(flat), temporary))
+        else:
+            save_torch(flat, target)
+    except (OSError, SafetensorError) as error:
         raise UsageError(f"--to {target}: cannot be written: {error}") from error
     say("wrote", f"{target}: {len(flat)} tensors for timm.create_model(..., num_classes=0, checkpoint_path=...)")
+
+
+def _contiguous(state: State) -> State:
+    """With memory of their own, as safetensors wants them."""
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
 if __name__ == "__main__":

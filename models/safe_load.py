@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from utils import UsageError, nearest
+
+TORCH, SAFETENSORS = "torch", "safetensors"
+SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 
 
 class CheckpointError(UsageError):
@@ -30,14 +34,15 @@ def _harmless_types() -> list:
 
 
 def load_file(path: str | Path, mapped: bool = False) -> dict:
-    """The dict that ``torch.save`` wrote, tensors on the CPU. Nothing in the file is executed.
+    """The dict that ``torch.save`` or safetensors wrote, tensors on the CPU. Nothing in the file is executed.
 
     ``mapped``: read tensors when they are used, where the format allows it. For what is copied at once only: a run that
     keeps such tensors while it replaces its own checkpoints loses them on some file systems.
     Raises CheckpointError, in one line, for whatever is not such a file.
     """
     path = Path(path)
-    _check_is_torch_file(path)
+    if _kind_of(path) == SAFETENSORS:
+        return _load_safetensors(path, mapped)
     try:
         if is_archive := zipfile.is_zipfile(path):
             _compare_checksums(path)
@@ -52,13 +57,30 @@ def load_file(path: str | Path, mapped: bool = False) -> dict:
     return content
 
 
-def _check_is_torch_file(path: Path) -> None:
+def _load_safetensors(path: Path, mapped: bool) -> dict:
+    """The tensors of a safetensors file by name. The format has no checksums: its lengths are what is compared."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise CheckpointError(f"{path}: {_why_refused(error)}") from error
+    return tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _checkpoints_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*") if file.suffix in SUFFIXES)
+
+
+def _kind_of(path: Path) -> str:
+    """TORCH or SAFETENSORS, by its first bytes. Raises CheckpointError for whatever is neither."""
     if path.is_dir():
-        inside = sorted(file.name for file in path.glob("*.pth"))
-        hint = f"pass a file in it: {', '.join(inside[:5])}" if inside else "it holds no .pth file"
+        inside = _checkpoints_in(path)
+        hint = f"pass a file in it: {', '.join(inside[:5])}" if inside else f"it holds no {' or '.join(SUFFIXES)} file"
         raise CheckpointError(f"{path}: a directory, not a checkpoint; {hint}")
     if not path.exists():
-        beside = [file.name for file in path.parent.glob("*.pth")] if path.parent.is_dir() else []
+        beside = _checkpoints_in(path.parent)
         raise CheckpointError(f"{path}: no such file{nearest(path.name, beside) or '; check the path'}")
     try:
         size = path.stat().st_size
@@ -68,10 +90,18 @@ def _check_is_torch_file(path: Path) -> None:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
     if size == 0:
         raise CheckpointError(f"{path}: empty (0 bytes): the copy or download failed; fetch it again")
+    if _is_safetensors(start):
+        return SAFETENSORS
     if start.startswith(b"PK"):
         _check_is_torch_archive(path, size)
     elif not start.startswith(b"\x80"):  # torch.save before 1.6 wrote bare pickles
-        raise CheckpointError(f"{path}: {_foreign_kind(start, size)}, not a checkpoint; pass a .pth file")
+        raise CheckpointError(f"{path}: {_foreign_kind(start)}, not a checkpoint; pass a .pth or .safetensors file")
+    return TORCH
+
+
+def _is_safetensors(start: bytes) -> bool:
+    """Eight bytes of length, of which the highest are 0 in any real header, then JSON."""
+    return start[6:9] == b"\0\0{"
 
 
 def _check_is_torch_archive(path: Path, size: int) -> None:
@@ -95,18 +125,17 @@ def _compare_checksums(path: Path) -> None:
                         pass
 
 
-def _foreign_kind(start: bytes, size: int) -> str:
+def _foreign_kind(start: bytes) -> str:
     kinds = {b"\xff\xd8": "a JPEG image", b"\x89PNG": "a PNG image", b"\x1f\x8b": "gzip data", b"<": "an HTML page"}
+    kinds[b"{"] = "a JSON file"
     for magic, kind in kinds.items():
         if start.lstrip().startswith(magic):
             return kind
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
-        return "a safetensors file"
     return f"unknown data (it starts with {start[:4].hex(' ')})"
 
 
 def _why_refused(error: Exception) -> str:
-    """One line for what ``torch.load`` raised."""
+    """One line for what ``torch.load`` or safetensors raised."""
     text = str(error).strip()
     if isinstance(error, EOFError) or "Ran out of input" in text:
         return "truncated: the file ends too early; copy or save it again"

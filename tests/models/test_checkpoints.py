@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -536,6 +537,23 @@ def test_the_command_says_what_a_file_is_and_converts_it_for_timm(command, tmp_p
     load_backbone(ours := tiny(), source)
     images = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(theirs(images), ours(images), rtol=1e-5, atol=1e-6)
+
+
+def test_safetensors_are_described_loaded_and_written(command, tmp_path):
+    micro = build_backbone("vit_micro", 8, img_size=32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    for prefix in ("", "teacher_backbone."):
+        state = {f"{prefix}{name}": tensor for name, tensor in micro.state_dict().items()}
+        save_file(state, path := tmp_path / f"{prefix}file.safetensors")
+        code, said, _ = command(path, "--to", tmp_path / "timm.safetensors")
+        assert code == 0 and "vit_micro (width 128, 4 blocks)" in said and "100.0 %" in said
+        assert torch.equal(network_from_file(path).model.eval()(images), micro(images))
+        theirs = timm_vit(embed_dim=128, depth=4, num_heads=4).eval()
+        theirs.load_state_dict(load_file(tmp_path / "timm.safetensors"), strict=True)
+        torch.testing.assert_close(theirs(images), micro(images), rtol=1e-5, atol=1e-6)
+    path.write_bytes(path.read_bytes()[:-1])
+    code, _, error = command(path)
+    assert code == 2 and "damaged" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

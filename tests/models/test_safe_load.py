@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from safetensors.torch import save, save_file
 
 from models.safe_load import CheckpointError, load_file
 
@@ -67,7 +68,14 @@ def broken_files(folder: Path) -> dict[str, str]:
     (folder / "photo.pth").write_bytes(b"\xff\xd8\xff\xe0" + bytes(100))
     (folder / "page.pth").write_bytes(b"\n<!DOCTYPE html><html>404</html>")
     (folder / "noise.pth").write_bytes(bytes(range(1, 90)))
-    (folder / "weights.safetensors").write_bytes((60).to_bytes(8, "little") + b'{"a":' + bytes(70))
+    save_file({"w": torch.randn(100)}, folder / "whole.safetensors")
+    header, rest = (data := (folder / "whole.safetensors").read_bytes())[:8], data[8:]
+    (folder / "short.safetensors").write_bytes(data[:-5])
+    (folder / "half_a_header.safetensors").write_bytes(data[:20])
+    (folder / "long.safetensors").write_bytes(data + bytes(3))
+    (folder / "no_json.safetensors").write_bytes(header + rest.replace(b'"dtype"', b'\xff\xfftype"'))
+    (folder / "other_type.safetensors").write_bytes(header + rest.replace(b'"F32"', b'"X32"'))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     np.savez(folder / "arrays.npz", a=np.zeros(3))
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), folder / "program.pth")
     saved(folder, [torch.zeros(2)], "list.pth")
@@ -82,7 +90,13 @@ def broken_files(folder: Path) -> dict[str, str]:
         "photo.pth": "JPEG",
         "page.pth": "HTML",
         "noise.pth": "unknown data",
-        "weights.safetensors": "safetensors",
+        "short.safetensors": "damaged",
+        "half_a_header.safetensors": "damaged",
+        "long.safetensors": "damaged",
+        "no_json.safetensors": "damaged",
+        "other_type.safetensors": "damaged",
+        "whole.safetensor": "did you mean whole.safetensors",
+        "model.safetensors.index.json": "a JSON file",
         "arrays.npz": "zip archive",
         "program.pth": "TorchScript",
         "list.pth": "list",
@@ -112,3 +126,26 @@ def test_numbers_and_arrays_that_either_numpy_wrote_load(tmp_path):
     for file in (path, tmp_path / "numpy1.pth"):
         args = load_file(file)["args"]
         assert (args.lr, args.seed, args.flag, args.schedule.tolist()) == (0.5, 2, True, [0, 1, 2])
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_safetensors_files_of_any_type_load_whatever_they_are_called(tmp_path, mapped):
+    tensors = {str(dtype): torch.randn(3, 5).to(dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16)}
+    for size in (128, 75 * 256 + 80):  # the length of a header can begin like a pickle (0x80) or a zip (PK)
+        content = save(tensors | {"a": torch.arange(3)}, metadata={"format": "pt"})
+        length = int.from_bytes(content[:8], "little")
+        padded = max(size, length + (size - length) % 256)
+        (tmp_path / "file.pth").write_bytes(
+            padded.to_bytes(8, "little") + content[8 : 8 + length].ljust(padded) + content[8 + length :]
+        )
+        loaded = load_file(tmp_path / "file.pth", mapped)
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+        assert loaded["a"].tolist() == [0, 1, 2] and len(loaded) == 4
+
+
+def test_what_is_not_mapped_of_a_safetensors_file_outlives_it(tmp_path):
+    save_file({"w": torch.ones(2000)}, tmp_path / "file.safetensors")
+    loaded = load_file(tmp_path / "file.safetensors")
+    with open(tmp_path / "file.safetensors", "r+b") as file:
+        file.write(bytes(8000))
+    assert bool(loaded["w"].eq(1).all())
