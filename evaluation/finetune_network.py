@@ -7,8 +7,9 @@ import torch
 from evaluation.sets import Sets, open_train_and_test
 from models import ALIASES, is_swin, is_vision_transformer
 from models.adapt import load_to_finetune
-from models.checkpoints import Network, choose_architecture, read_backbone
+from models.checkpoints import Network, choose_architecture
 from models.finetuned import build_finetuned
+from models.reading import read_backbone
 from utils import UsageError, log
 
 

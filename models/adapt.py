@@ -11,9 +11,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.checkpoints import Info, Report, compare
+from models.checkpoints import Report, compare
 from models.layouts.names import State, square_side
 from models.layouts.shapes import advice
+from models.reading import Info
 from models.safe_load import CheckpointError
 from utils import log
 

@@ -3,14 +3,14 @@
     python -m models.checkpoints FILE                    what is this file?
     python -m models.checkpoints FILE --to OUT.pth       its backbone as a flat file that timm loads (or .safetensors)
 
-A file is opened without running any code in it (models/safe_load.py), its layout is looked up in models/layouts/,
-and its tensors get the names of models/vit.py and models/swin.py there. A backbone is loaded whole or not at all:
-``load_backbone`` refuses, with a table of what did not match, instead of leaving some weights random.
+models/reading.py opens a file and gives its tensors the names of models/vit.py and models/swin.py. A backbone is loaded
+whole or not at all: ``load_backbone`` refuses, with a table of what did not match, instead of leaving some weights
+random.
 """
 
 import argparse
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,126 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from models import ALIASES, backbone_names, build_backbone, is_swin, is_vision_transformer
-from models.layouts.names import NOT_NEEDED, State, below, networks_in, plain_names, renamed, to_timm, unwrapped
+from models.layouts.names import NOT_NEEDED, State, grouped, plain_names, to_timm
 from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, swin_arguments, vit_arguments
-from models.layouts.table import Layout, recognise, recorded_arguments
-from models.safe_load import CheckpointError, load_file
+from models.reading import Info, read_backbone
+from models.safe_load import CheckpointError
 from models.vit import VisionTransformer
 from utils import Parser, UsageError, run_cli, save_atomically, save_torch
-
-
-@dataclass(frozen=True)
-class Info:
-    """What a file turned out to be."""
-
-    path: Path
-    layout: Layout
-    method: str | None
-    key: str | None  # top-level key the weights stand under; None: the file itself is the state dict
-    epoch: int | None
-    arguments: dict  # of the training run
-    top_level: dict[str, str]  # key -> what stands there
-    prefix: str = ""  # of several networks there, or of one beside other things: what its names begin with
-    notes: tuple[str, ...] = ()
-
-    @property
-    def where(self) -> str:
-        """Path, key and prefix, as messages name them."""
-        key, prefix = f", key {self.key!r}" if self.key else "", f", names with {self.prefix}" if self.prefix else ""
-        return f"{self.path}{key}{prefix}"
-
-
-def read_backbone(path: str | Path, checkpoint_key: str = "teacher", *others: str) -> tuple[State, Info]:
-    """The network in ``path`` under our names (its heads, if any, among them), and what the file is.
-
-    The weights are looked for under ``checkpoint_key`` and the ``others``, then ``state_dict``, then ``model``, then in
-    the file itself; where several networks stand there, ``checkpoint_key`` chooses by what their names begin with.
-    Raises CheckpointError when none of these holds tensors, or when it stays open which network is meant.
-    """
-    file = load_file(path, mapped=True)
-    key, tensors = choose_tensors(file, checkpoint_key, path, others)
-    try:
-        tensors = renamed(tensors, unwrapped)
-        prefix, network = choose_network(tensors, checkpoint_key)
-        layout, state = recognise(file, network), network
-        for step in layout.convert:
-            state = step(state)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    notes = []
-    place = f"key {key!r}" if key else "the file itself"
-    kept = {prefix + name for name in network}
-    if aside := [name for name in tensors if name not in kept]:
-        notes.append(f"left aside in {place}: {_grouped(aside)}")
-    if prefix:
-        notes.append(f"took the network whose names begin with {prefix} from {place}")
-    elif key != checkpoint_key and key not in others:
-        notes.append(f"no key {checkpoint_key!r}: took the weights from {place}")
-    if layout.method == "dinov2" and "register_tokens" in state:
-        notes.append("DINOv2 with registers resizes positions by another rule: features agree at its own size only")
-    ours = file["tutelage"] if isinstance(file.get("tutelage"), dict) else {}
-    info = Info(
-        path=Path(path),
-        layout=layout,
-        method=layout.method or ours.get("method"),
-        key=key,
-        epoch=file["epoch"] if isinstance(file.get("epoch"), int) else None,
-        arguments=recorded_arguments(file) | {name: ours[name] for name in ("arch",) if name in ours},
-        top_level={str(name): _summary(value) for name, value in file.items()} if key else {},
-        prefix=prefix,
-        notes=tuple(notes),
-    )
-    return state, info
-
-
-def choose_tensors(
-    file: dict, checkpoint_key: str, path: str | Path = "the file", others: Sequence[str] = ()
-) -> tuple[str | None, State]:
-    """(top-level key or None, the named tensors there), looked up in the order that ``read_backbone`` states."""
-    for key in (checkpoint_key, *others, "state_dict", "model"):
-        if tensors := _tensors_of(file.get(key)):
-            return key, tensors
-    if flat := _tensors_of(file):
-        return None, flat
-    held = ", ".join(str(key) for key, value in file.items() if _tensors_of(value))
-    advice = f"pass --checkpoint_key with one of: {held}" if held else "it holds no weights at all"
-    raise CheckpointError(f"{path}: no weights under {checkpoint_key!r}; {advice}")
-
-
-def choose_network(tensors: State, checkpoint_key: str) -> tuple[str, State]:
-    """(prefix, the tensors below it): what ``checkpoint_key`` names, else the network at the root, else the only one.
-
-    A key names a prefix of which it is a part: ``teacher`` stands for ``model.teacher.`` too.
-    """
-    prefixes = networks_in(tensors)
-    named = [prefix for prefix in prefixes if f".{checkpoint_key}." in f".{prefix}"]
-    if len(named) == 1:
-        prefix = named[0]
-    elif not prefixes or "" in prefixes:
-        prefix = ""
-    elif len(prefixes) == 1:
-        prefix = prefixes[0]
-    else:
-        names = [prefix.removesuffix(".") for prefix in prefixes]
-        raise CheckpointError(
-            f"holds {len(names)} networks: {', '.join(names)}; choose one, as with --checkpoint_key {names[-1]}"
-        )
-    return prefix, below(tensors, prefix, prefixes)
-
-
-def _tensors_of(value) -> State:
-    if not isinstance(value, dict):
-        return {}
-    return {
-        name: tensor for name, tensor in value.items() if isinstance(name, str) and isinstance(tensor, torch.Tensor)
-    }
-
-
-def _summary(value) -> str:
-    if tensors := _tensors_of(value):
-        return f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M values"
-    return str(value) if isinstance(value, (int, float, str)) else type(value).__name__
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading a network, and saying what matched
@@ -165,8 +51,8 @@ class Report:
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
-        ignored = f"; ignored {_grouped(self.ignored)}" if self.ignored else ""
-        untouched = f"; left as initialised: {_grouped(self.untouched)}" if self.untouched else ""
+        ignored = f"; ignored {grouped(self.ignored)}" if self.ignored else ""
+        untouched = f"; left as initialised: {grouped(self.untouched)}" if self.untouched else ""
         return f"matched {len(self.matched)} of {self.total} tensors{ignored}{untouched}"
 
     def table(self, rows: int = 8) -> str:
@@ -177,15 +63,6 @@ class Report:
             lines += [f"{kind:<11} ... {len(names) - rows} more"] * (len(names) > rows)
         lines += [f"shape       ... {len(self.mismatched) - rows} more"] * (len(self.mismatched) > rows)
         return "\n".join(f"  {line}" for line in lines)
-
-
-def _grouped(names: list[str]) -> str:
-    """``head.* (8), masked_embed``."""
-    counts: dict[str, int] = {}
-    for name in names:
-        group = name.split(".")[0]
-        counts[group] = counts.get(group, 0) + 1
-    return ", ".join(group if group in names else f"{group}.* ({count})" for group, count in counts.items())
 
 
 def compare(target: State, state: State, info: Info) -> Report:
@@ -395,7 +272,7 @@ def _convert(state: State, info: Info, target: Path, say: Callable) -> None:
 
 def _contiguous(state: State) -> State:
     """With memory of their own, as safetensors wants them."""
-    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    return {name: tensor.clone().contiguous() for name, tensor in state.items()}
 
 
 if __name__ == "__main__":

@@ -130,6 +130,15 @@ def to_timm(state: State, fold_class_position: bool | None = None) -> State:
     return {names.get(name, re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)): t for name, t in state.items()}
 
 
+def grouped(names: list[str]) -> str:
+    """``head.* (8), masked_embed``."""
+    counts: dict[str, int] = {}
+    for name in names:
+        group = name.split(".")[0]
+        counts[group] = counts.get(group, 0) + 1
+    return ", ".join(group if group in names else f"{group}.* ({count})" for group, count in counts.items())
+
+
 def square_side(count: int) -> int | None:
     """The side of a square grid of ``count`` patches, None when there is none."""
     side = round(max(count, 0) ** 0.5)

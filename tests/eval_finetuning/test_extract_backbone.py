@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from eval_finetuning.extract_backbone_weights_for_finetuning import main
-from models.checkpoints import load_tensors, read_backbone
+from models.checkpoints import load_tensors
 from models.layouts.shapes import swin_arguments, vit_arguments
+from models.reading import read_backbone
 from models.swin import SwinTransformer
 from models.vit import VisionTransformer
 from tests.test_parity import GOLDEN

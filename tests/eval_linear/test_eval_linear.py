@@ -11,8 +11,8 @@ from eval_linear.eval_linear import main
 from evaluation import linear, sets
 from evaluation.linear_heads import heads_of
 from models import build_backbone
-from models.checkpoints import read_backbone
 from models.layouts.names import plain_name
+from models.reading import read_backbone
 from tests.eval_knn.test_eval_knn import micro
 from tests.launch import ROOT, SMALL, finish, flatten, make_images, start
 from tests.sources import Stripes

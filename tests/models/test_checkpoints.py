@@ -15,18 +15,11 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from models import SWINS, build_backbone, swin, vit
-from models.checkpoints import (
-    choose_tensors,
-    load_backbone,
-    load_tensors,
-    main,
-    network_from_file,
-    read_backbone,
-    weights_hash,
-)
+from models.checkpoints import load_backbone, load_tensors, main, network_from_file, weights_hash
 from models.layouts.names import to_timm
 from models.layouts.shapes import NAME_OF_SHAPE, SWIN_OF_SHAPE, describe, swin_arguments, vit_arguments
 from models.layouts.table import recorded_arguments
+from models.reading import choose_tensors, read_backbone
 from models.safe_load import CheckpointError, load_file
 from models.vit import VisionTransformer
 from utils import UsageError, run_cli

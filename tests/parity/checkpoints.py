@@ -8,9 +8,10 @@ import torch
 from data.preprocess import MEAN, STD
 from evaluation.features import Feature, class_token, multiscale_class_token
 from evaluation.linear_heads import heads_of
-from models.checkpoints import choose_tensors, compare, load_tensors, read_backbone
+from models.checkpoints import compare, load_tensors
 from models.layouts.names import plain_name
 from models.layouts.table import LAYOUTS
+from models.reading import choose_tensors, read_backbone
 from models.safe_load import load_file
 from tests.parity import Case
 from tests.parity.networks import build_vit

@@ -8,7 +8,8 @@ import torch
 from evaluation.features import Feature
 from evaluation.linear_heads import LinearHeads, Probe, Recipe, best_head, cosine_factor, heads_of, saved_heads
 from evaluation.linear_run import SWEEP_LRS, sweep_recipes
-from models.checkpoints import load_tensors, read_backbone
+from models.checkpoints import load_tensors
+from models.reading import read_backbone
 from models.safe_load import load_file
 from tests.parity import Case
 from tests.parity.networks import build_vit

@@ -13,7 +13,8 @@ from methods.heads import DINOHead
 from methods.srs import SampledBackbone
 from methods.udi import UDI, UDINetwork, teacher_places
 from models.adapt import select_class_tokens
-from models.checkpoints import load_tensors, read_backbone
+from models.checkpoints import load_tensors
+from models.reading import read_backbone
 from models.vit import VisionTransformer
 from tests.parity import Case
 from tests.parity.losses import on_ranks
