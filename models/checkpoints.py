@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from models import ALIASES, backbone_names, build_backbone, is_swin, is_vision_transformer
 from models.layouts.names import NOT_NEEDED, State, grouped, plain_names, to_timm
-from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, swin_arguments, vit_arguments
+from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, remedy, swin_arguments, vit_arguments
 from models.reading import Info, read_backbone
 from models.safe_load import CheckpointError
 from models.vit import VisionTransformer
@@ -176,7 +176,7 @@ def choose_architecture(
             )
         arch = recorded
     if arch is None:
-        raise CheckpointError(f"{info.path}: holds a {describe(state)}; nothing here has that shape: pass its --arch")
+        raise CheckpointError(f"{info.where}: holds a {describe(state)}; {remedy(state)}")
     if is_swin(arch):
         own = swin_shape or {"patch_size": 4, "window_size": 7}
         return arch, {"patch_size": patch_size or own["patch_size"], "window_size": window_size or own["window_size"]}

@@ -1,6 +1,7 @@
 """Which network the tensors of a file are, by their names and shapes, and what to pass for it."""
 
 import re
+from collections.abc import Collection
 
 from models.layouts.names import State, square_side
 
@@ -75,8 +76,63 @@ def arch_of(state: State) -> str | None:
     return SWIN_OF_SHAPE.get((shape["embed_dim"], shape["depths"])) if shape else None
 
 
+GATED = re.compile(r"blocks\.\d+\.mlp\.(w1|w12|weights_in|gate_proj|fc1_g)\.weight")
+
+
+def gated_mlp(state: State) -> str | None:
+    """The name of a weight that shows SwiGLU in a vision transformer's blocks, which none of ours has."""
+    for name, tensor in state.items():
+        second = state.get(name.replace(".fc1.", ".fc2."))
+        packed = re.fullmatch(r"blocks\.\d+\.mlp\.fc1\.weight", name) and second is not None
+        if GATED.fullmatch(name) or (packed and tensor.shape[0] == 2 * second.shape[1]):
+            return name
+    return None
+
+
+def _typical(front: str, once: str, block: str, parts: str) -> list[str]:
+    return [front + name for name in once.split()] + [block + name for name in parts.split()]
+
+
+_PARTS = "norm1 attn.qkv attn.proj norm2 mlp.fc1 mlp.fc2"
+_HUGGING = "cls_token position_embeddings patch_embeddings.projection"
+_HUGGING_PARTS = "attention.attention.query attention.attention.key attention.attention.value attention.output.dense"
+NAMES = {  # what tensors of a layout are called, for the nearest of what is unknown
+    "DINO, iBOT, MAE and timm": _typical("", "cls_token pos_embed patch_embed.proj norm", "blocks.0.", _PARTS),
+    "DINOv2 and UNIC": _typical("", "cls_token pos_embed patch_embed.proj norm", "blocks.0.0.", _PARTS),
+    "Swin": _typical("", "patch_embed.proj patch_embed.norm norm", "layers.0.blocks.0.", _PARTS),
+    "Hugging Face's ViT": _typical(
+        "embeddings.", _HUGGING, "layer.0.", f"{_HUGGING_PARTS} layernorm_before layernorm_after intermediate.dense"
+    ),
+    "Hugging Face's Dinov2": _typical(
+        "embeddings.", _HUGGING, "layer.0.", f"{_HUGGING_PARTS} norm1 norm2 layer_scale1 layer_scale2 mlp.fc1 mlp.fc2"
+    ),
+    "torchvision's ResNet": _typical("", "conv1 bn1", "layer1.0.", "conv1 bn1 conv2 bn2 downsample.0"),
+    "CLIP": _typical(
+        "visual.", "class_embedding positional_embedding conv1", "visual.transformer.resblocks.0.", "ln_1"
+    ),
+}
+
+
+def nearest_layout(names: Collection[str]) -> str:
+    """The layout that shares most names with those of an unknown network, wherever in it they stand."""
+    plain = [re.sub(r"\.(weight|bias|lambda1)$", "", name) for name in names]
+    theirs = {"." + re.sub(r"(?<=\.)\d+(?=\.)", "0", name) for name in plain}
+
+    def shared(layout: str) -> list[str]:
+        return [name for name in NAMES[layout] if any(other.endswith(f".{name}") for other in theirs)]
+
+    nearest = max(NAMES, key=lambda layout: len(shared(layout)) / len(NAMES[layout]))
+    missing = [name for name in NAMES[nearest] if name not in shared(nearest)]
+    if len(missing) == len(NAMES[nearest]):
+        return "no layout known here has a name in common with it"
+    rest = f", not {', '.join(missing[:3])}" + ", ..." * (len(missing) > 3) if missing else ""
+    return f"nearest is {nearest}: it has {len(NAMES[nearest]) - len(missing)} of {len(NAMES[nearest])} names{rest}"
+
+
 def describe(state: State) -> str:
     """What network the tensors are, in words."""
+    if name := gated_mlp(state):
+        return f"vision transformer with SwiGLU ({name}), which those here do not have"
     shape = vit_arguments(state)
     if shape:
         name = arch_of(state) or "vision transformer"
@@ -108,13 +164,26 @@ def describe(state: State) -> str:
         "module.linear.": "linear classifier",
         "linear.": "linear classifier",
     }
-    kind = next((kind for prefix, kind in kinds.items() if any(n.startswith(prefix) for n in state)), "unknown network")
-    return f"{kind} of {len(state)} tensors"
+    if kind := next((kind for prefix, kind in kinds.items() if any(n.startswith(prefix) for n in state)), None):
+        return f"{kind} of {len(state)} tensors"
+    names = ", ".join(list(state)[:3]) + ", ..." * (len(state) > 3)
+    return f"network of unknown names, {len(state)} tensors ({names}); {nearest_layout(state)}"
+
+
+def remedy(state: State) -> str:
+    """What to do about a file that shows no network of ours."""
+    if gated_mlp(state):
+        return "take a network without SwiGLU (of DINOv2, small, base or large instead of giant)"
+    if vit_arguments(state) or swin_arguments(state):
+        return "nothing here has that shape: pass its --arch"
+    return "pass its --arch if it is a network of timm or torchvision"
 
 
 def advice(target: State, state: State) -> str:
     """What to pass instead, from the shapes on both sides."""
     ours, theirs = vit_arguments(dict(target)), vit_arguments(state)
+    if gated_mlp(state) and not gated_mlp(dict(target)):
+        return f"The file holds a {describe(state)}: {remedy(state)}"
     if theirs and theirs["use_mean_pooling"] and not (ours and ours["use_mean_pooling"]):
         return "The file pools patch tokens (fc_norm instead of norm), which this network does not do"
     swins = swin_arguments(dict(target)), swin_arguments(state)

@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from models import SWINS, build_backbone, swin, vit
 from models.checkpoints import load_backbone, load_tensors, main, network_from_file, weights_hash
 from models.layouts.names import to_timm
-from models.layouts.shapes import NAME_OF_SHAPE, SWIN_OF_SHAPE, describe, swin_arguments, vit_arguments
+from models.layouts.shapes import NAME_OF_SHAPE, SWIN_OF_SHAPE, describe, nearest_layout, swin_arguments, vit_arguments
 from models.layouts.table import recorded_arguments
 from models.reading import choose_tensors, read_backbone
 from models.safe_load import CheckpointError, load_file
@@ -490,6 +490,46 @@ def test_a_file_that_no_architecture_fits_says_so(tmp_path):
     cvt = {"teacher": {"stage0.0.proj.weight": torch.zeros(1)}, "dino_loss": {}, "args": {"arch": "cvt_tiny"}}
     assert "--arch cvt_tiny, which is unknown here" in refusal(network_from_file, saved(tmp_path, cvt))
     assert "linear classifier" in refusal(network_from_file, GOLDEN / "attmask" / "checkpoint_teacher_linear.pth")
+
+
+def test_tensors_of_unknown_names_are_shown_with_the_nearest_layout(tmp_path):
+    model = build_backbone("vit_micro", 8, img_size=32).state_dict()
+    odd = {name.replace("blocks.", "stack.layer_").replace("cls_token", "class"): t for name, t in model.items()}
+    path = saved(tmp_path, {"model": odd})
+    for function in (network_from_file, lambda path: load_backbone(tiny(), path)):
+        text = refusal(function, path).splitlines()[0]
+        assert "network of unknown names, 54 tensors (class, pos_embed, patch_embed.proj.weight, ...)" in text
+        assert "nearest is " in text and "DINO" in text and "not cls_token, " in text and "that shape" not in text
+    nothing = saved(tmp_path, {"alpha.w": torch.zeros(1), "beta.w": torch.zeros(1)})
+    text = refusal(network_from_file, nothing)
+    assert (
+        "(alpha.w, beta.w); no layout known here has a name in common" in text and "if it is a network of timm" in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "names"),
+    [
+        ("DINOv2 and UNIC", [f"trunk.blocks.0.{i}.{part}.weight" for i in (0, 1) for part in ("norm1", "attn.qkv")]),
+        ("Swin", ["swin.layers.0.blocks.1.attn.qkv.weight", "swin.patch_embed.norm.bias", "w"]),
+        ("Hugging Face's ViT", ["deit.encoder.layer.3.attention.attention.query.weight", "x.layernorm_before.bias"]),
+        ("torchvision's ResNet", ["trunk.layer1.0.conv2.weight", "trunk.layer1.0.bn2.weight", "fc.weight"]),
+    ],
+)
+def test_the_nearest_layout_is_found_by_names_wherever_they_stand(layout, names):
+    assert f"nearest is {layout}: " in nearest_layout(names)
+
+
+def test_dinov2_with_swiglu_is_refused_by_what_is_missing_here(tmp_path):
+    state = dinov2_names(tiny(init_values=1.0, masked_im_modeling=True).state_dict(), chunk=1)
+    plain = {name: tensor for name, tensor in state.items() if ".mlp." not in name}
+    own = plain | {f"blocks.0.{i}.mlp.{part}.weight": torch.zeros(8, 8) for i in (0, 1) for part in ("w12", "w3")}
+    packed = {f"blocks.{i}.mlp.fc1.weight": torch.zeros(64, 12) for i in (0, 1)}  # as timm has it
+    packed |= {f"blocks.{i}.mlp.fc2.weight": torch.zeros(12, 32) for i in (0, 1)}
+    for file in (own, tiny().state_dict() | packed):
+        for function in (network_from_file, lambda path: load_backbone(tiny(), path)):
+            text = refusal(function, saved(tmp_path, file)).splitlines()[0]
+            assert "SwiGLU (blocks.0.mlp." in text and "take a network without SwiGLU" in text and "--arch" not in text
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
