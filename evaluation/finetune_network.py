@@ -33,6 +33,7 @@ def build_network(args: argparse.Namespace) -> tuple[Network, Sets]:
     transformer = {
         "img_size": sets.crop_size,
         "num_registers": arguments.get("num_registers", 0),
+        "norm_eps": arguments.get("norm_eps", 1e-6),
         "init_values": args.layer_scale_init_value,
         "use_mean_pooling": args.use_mean_pooling,
         "abs_pos_emb": args.abs_pos_emb,

@@ -176,6 +176,7 @@ class Block(nn.Module):
         qkv_bias: bool = True,
         drop_path: float = 0.0,
         init_values: float = 0.0,
+        norm_eps: float = 1e-6,
     ):
         super().__init__()
         self.drop_path = drop_path
@@ -184,9 +185,9 @@ class Block(nn.Module):
             self.gamma_2 = nn.Parameter(init_values * torch.ones(dim))
         else:
             self.gamma_1 = self.gamma_2 = None
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(

@@ -20,7 +20,7 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from models import ALIASES, backbone_names, build_backbone, is_swin, is_vision_transformer
+from models import ALIASES, VITS, backbone_names, build_backbone, is_swin, is_vision_transformer
 from models.layouts.names import NOT_NEEDED, State, grouped, plain_names, to_timm
 from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, remedy, swin_arguments, vit_arguments
 from models.reading import Info, read_backbone
@@ -184,6 +184,13 @@ def choose_architecture(
         return arch, {}
     names = ("patch_size", "img_size", "init_values", "num_class_tokens", "num_registers", "use_mean_pooling")
     arguments = {name: shape[name] for name in names} if shape else {"patch_size": 16}
+    if info.norm_eps != 1e-6:
+        arguments["norm_eps"] = info.norm_eps
+    heads = VITS[ALIASES.get(arch, arch)](network=dict)["num_heads"]
+    if info.arguments.get("num_attention_heads", heads) != heads:
+        raise CheckpointError(
+            f"{info.path}: has {info.arguments['num_attention_heads']:g} heads of attention, {arch} has {heads}"
+        )
     if patch_size is not None:
         side = shape["img_size"] // shape["patch_size"] if shape else 224 // patch_size
         arguments |= {"patch_size": patch_size, "img_size": side * patch_size}

@@ -3,6 +3,7 @@
 A file is opened without running any code in it (models/safe_load.py), and its layout is looked up in models/layouts/.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ class Info:
     epoch: int | None
     arguments: dict  # of the training run
     top_level: dict[str, str]  # key -> what stands there
+    norm_eps: float = 1e-6
     prefix: str = ""  # of several networks there, or of one beside other things: what its names begin with
     notes: tuple[str, ...] = ()
 
@@ -61,8 +63,9 @@ def read_backbone(path: str | Path, checkpoint_key: str = "teacher", *others: st
         notes.append(f"took the network whose names begin with {prefix} from {place}")
     elif key != checkpoint_key and key not in others:
         notes.append(f"no key {checkpoint_key!r}: took the weights from {place}")
-    if layout.method == "dinov2" and "register_tokens" in state:
-        notes.append("DINOv2 with registers resizes positions by another rule: features agree at its own size only")
+    config = hugging_face_config(Path(path)) if layout.name.startswith("Hugging Face") else {}
+    norm_eps = config.get("layer_norm_eps", layout.norm_eps)
+    notes += _differences(layout, state, norm_eps)
     ours = file["tutelage"] if isinstance(file.get("tutelage"), dict) else {}
     info = Info(
         path=Path(path),
@@ -70,8 +73,9 @@ def read_backbone(path: str | Path, checkpoint_key: str = "teacher", *others: st
         method=layout.method or ours.get("method"),
         key=key,
         epoch=file["epoch"] if isinstance(file.get("epoch"), int) else None,
-        arguments=recorded_arguments(file) | {name: ours[name] for name in ("arch",) if name in ours},
+        arguments=recorded_arguments(file) | config | {name: ours[name] for name in ("arch",) if name in ours},
         top_level={str(name): _summary(value) for name, value in file.items()} if key else {},
+        norm_eps=norm_eps,
         prefix=prefix,
         notes=tuple(notes),
     )
@@ -111,6 +115,38 @@ def choose_network(tensors: State, checkpoint_key: str) -> tuple[str, State]:
             f"holds {len(names)} networks: {', '.join(names)}; choose one, as with --checkpoint_key {names[-1]}"
         )
     return prefix, below(tensors, prefix, prefixes)
+
+
+def hugging_face_config(path: Path) -> dict:
+    """What ``config.json`` beside a file says of its network and no tensor shows; {} where there is none.
+
+    Raises CheckpointError for what our networks do not do.
+    """
+    path = path.with_name("config.json")
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+        known = {name: config[name] for name in ("layer_norm_eps", "num_attention_heads") if name in config}
+        activation = config.get("hidden_act", "gelu")
+        known = {name: float(value) for name, value in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); mend it, or move it away from the weights") from error
+    if activation != "gelu":
+        raise CheckpointError(f"{path}: hidden_act is {activation!r}; the vision transformers here have gelu only")
+    return known
+
+
+def _differences(layout: Layout, state: State, norm_eps: float) -> list[str]:
+    """What is not the same here as where the file comes from."""
+    notes = []
+    if layout.name.startswith("Hugging Face"):
+        notes.append("Hugging Face's library resizes positions by another rule: features agree at its own size only")
+    elif layout.method == "dinov2" and "register_tokens" in state:
+        notes.append("DINOv2 with registers resizes positions by another rule: features agree at its own size only")
+    if norm_eps != 1e-6:
+        notes.append(f"its norms add {norm_eps:g} to the variance; a file written from it is read with 1e-06")
+    return notes
 
 
 def _tensors_of(value) -> State:

@@ -52,6 +52,7 @@ class VisionTransformer(nn.Module):
         num_registers: int = 0,
         masked_im_modeling: bool = False,
         use_mean_pooling: bool = False,
+        norm_eps: float = 1e-6,
     ):
         super().__init__()
         if img_size % patch_size:
@@ -73,10 +74,10 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         rates = torch.linspace(0, drop_path_rate, depth, dtype=torch.float32).tolist()  # parity: float32
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, init_values) for rate in rates
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, init_values, norm_eps) for rate in rates
         )
-        self.norm = nn.Identity() if use_mean_pooling else nn.LayerNorm(embed_dim, eps=1e-6)
-        self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if use_mean_pooling else None
+        self.norm = nn.Identity() if use_mean_pooling else nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=norm_eps) if use_mean_pooling else None
         self._init_weights()
 
     def _init_weights(self) -> None:

@@ -102,6 +102,49 @@ def rename_tokens_and_scales(state: State) -> State:
     return renamed(state, lambda name: names.get(name, re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name)))
 
 
+HUGGING_FACE = (  # names of transformers' ViT and Dinov2, in files and (since version 5) in memory -> ours
+    (r"^embeddings\.(cls_token|register_tokens)$", r"\1"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.mask_token$", "masked_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^layernorm\.", "norm."),
+    (r"^layers?\.(\d+)\.", r"blocks.\1."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
+    (r"\.layer_scale([12])\.lambda1$", r".gamma_\1"),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+)
+
+
+def rename_hugging_face(state: State) -> State:
+    """The names of Hugging Face's ViT and Dinov2 -> those of models/vit.py, but for query, key and value."""
+
+    def rename(name: str) -> str:
+        for pattern, ours in HUGGING_FACE:
+            name = re.sub(pattern, ours, name)
+        return name
+
+    return renamed(state, rename)
+
+
+def join_query_key_value(state: State) -> State:
+    """``attn.q``, ``attn.k`` and ``attn.v`` of a block -> ``attn.qkv``, where all three are there."""
+    joined: State = {}
+    for name, tensor in state.items():
+        head, part, tail = re.fullmatch(r"(.*\.attn\.)([qkv])(\.\w+)|.*", name).groups()
+        names = [f"{head}{letter}{tail}" for letter in "qkv"]
+        if part is None or not all(other in state for other in names):
+            joined[name] = tensor
+        elif part == "q":
+            joined[f"{head}qkv{tail}"] = torch.cat([state[other] for other in names])
+    return joined
+
+
 def add_class_position(state: State) -> State:
     """A zero position for the class token where only patches have one (DeiT III, registers in timm): same network."""
     if not {"pos_embed", "cls_token"} <= state.keys():

@@ -15,6 +15,8 @@ from models.layouts.names import (
     NOT_NEEDED,
     State,
     add_class_position,
+    join_query_key_value,
+    rename_hugging_face,
     rename_tokens_and_scales,
     strip_wrappers,
     unchunk_blocks,
@@ -34,6 +36,10 @@ class Contents(NamedTuple):
     def class_tokens(self) -> int:
         return self.tensors["cls_token"].shape[1] if "cls_token" in self.tensors else 0
 
+    def is_hugging_face(self, part: str) -> bool:
+        in_files, in_memory = f"layer.0.{part}", f"layers.0.{part}"
+        return "embeddings.position_embeddings" in self.tensors and self.has(in_files, in_memory)
+
     def was_held_in(self, part: str) -> bool:
         return any(part in name for name in self.held)
 
@@ -47,6 +53,7 @@ class Layout:
     recognise: Callable[[Contents], bool]
     convert: tuple[Callable[[State], State], ...] = (strip_wrappers,)
     not_needed: str = r"(?!)"  # further names that are no part of a network to be evaluated
+    norm_eps: float = 1e-6  # what its networks add to a variance, which no tensor shows
 
     def belongs_to_backbone(self, name: str) -> bool:
         return not (NOT_BACKBONE.match(name) or NOT_NEEDED.match(name) or re.match(self.not_needed, name))
@@ -65,6 +72,7 @@ def _masks_by_attention(file: dict) -> bool:
 
 RENAMED = (strip_wrappers, rename_tokens_and_scales, add_class_position)
 CHUNKED = (strip_wrappers, unchunk_blocks, rename_tokens_and_scales, add_class_position)
+HUGGING = (strip_wrappers, rename_hugging_face, join_query_key_value)
 HIERARCHIES = ("layers.0.", "stage0.0.proj.", "layer1.0.norm_embed.")  # Swin, CvT, Vision Longformer
 MUGS_ONLY, UDI_ONLY = r"relation_blocks\.", r"(attn|norm1)\."  # UDI: the module that mixes views
 
@@ -82,6 +90,9 @@ LAYOUTS = (
         or c.was_held_in("backbone.backbone.") or not c.was_held_in("backbone."))),
     Layout("DINO training checkpoint", "dino", lambda c: "dino_loss" in c.file),
     # networks, told apart by their tensors
+    Layout("Hugging Face ViT", None, lambda c: c.is_hugging_face("layernorm_before."), HUGGING, r"pooler\.|decoder\.",
+           norm_eps=1e-12),
+    Layout("Hugging Face Dinov2", "dinov2", lambda c: c.is_hugging_face("layer_scale1."), HUGGING),
     Layout("UDI network", "udi", lambda c: c.was_held_in("backbone.backbone.cls_token"), not_needed=UDI_ONLY),
     Layout("UDI backbone", "udi", lambda c: c.class_tokens() > 1),
     Layout("Mugs backbone", "mugs", lambda c: c.has("relation_blocks."), not_needed=MUGS_ONLY),
