@@ -60,7 +60,11 @@ def get_args_parser() -> Parser:
     add("files", nargs="*", metavar="checkpoint output", help="the two files, unless options name them")
     add("--checkpoint", default=None, metavar="FILE", help="checkpoint of any layout")
     add("--output", default=None, metavar="FILE", help="where the backbone goes; must end in .pth")
-    add("--checkpoint_key", default="teacher", help="which of a training checkpoint's networks to take")
+    add(
+        "--checkpoint_key",
+        default="teacher",
+        help="which network of a file to take: its key, or what its names begin with",
+    )
     add(
         "--num_class_tokens",
         default="1",

@@ -22,7 +22,11 @@ def get_args_parser() -> Parser:
 
 def _add_network(add) -> None:
     add("--finetune", default="", metavar="FILE", help="checkpoint of any known layout; left out: from scratch")
-    add("--checkpoint_key", default="teacher", help="which of a training checkpoint's networks to start from")
+    add(
+        "--checkpoint_key",
+        default="teacher",
+        help="which network of a file to start from: its key, or what its names begin with",
+    )
     add("--model_key", default="model|module", help="where else the weights may stand")
     add("--model", "--arch", default=None, help="architecture; left out: the file's own, else vit_small")
     add("--patch_size", default=None, type=int, help="left out: the file's own, else 16 (Swin: 4)")

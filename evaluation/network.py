@@ -17,7 +17,11 @@ def add_network_arguments(parser: argparse._ActionsContainer) -> None:
     """The options by which every evaluation is told what to look at, named as in the originals."""
     add = parser.add_argument
     add("--pretrained_weights", default="", help="checkpoint of any known layout; left out: random weights")
-    add("--checkpoint_key", default="teacher", help="which of a training checkpoint's networks to evaluate")
+    add(
+        "--checkpoint_key",
+        default="teacher",
+        help="which network of a file to evaluate: its key, or what its names begin with",
+    )
     add("--arch", default=None, help="architecture; left out: the checkpoint's own, else vit_small")
     add("--patch_size", default=None, type=int, help="left out: the checkpoint's own, else 16 (Swin: 4)")
     add("--window_size", default=None, type=int, help="of a Swin; left out: the checkpoint's own, else 7")

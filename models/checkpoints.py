@@ -207,7 +207,11 @@ def main() -> int:
         prog="python -m models.checkpoints", description="Say what a checkpoint is, and convert it for timm."
     )
     parser.add_argument("file", help="checkpoint of any layout")
-    parser.add_argument("--checkpoint_key", default="teacher", help="top-level key of the network in question")
+    parser.add_argument(
+        "--checkpoint_key",
+        default="teacher",
+        help="the network in question: its top-level key, or what its names begin with",
+    )
     parser.add_argument("--arch", default=None, help="compare with this architecture; left out: the file's own")
     parser.add_argument("--patch_size", default=None, type=int, help="compare with this patch size; left out: its own")
     parser.add_argument("--to", default=None, help="write the backbone here, .pth or .safetensors, under timm's names")

@@ -46,6 +46,8 @@ def read_backbone(path: str | Path, checkpoint_key: str = "teacher", *others: st
     """
     file = load_file(path, mapped=True)
     key, tensors = choose_tensors(file, checkpoint_key, path, others)
+    if odd := next((name for name in tensors if not name.isprintable()), None):
+        raise CheckpointError(f"{path}: a tensor is called {odd!r}, which could garble a terminal; rename it")
     try:
         tensors = renamed(tensors, unwrapped)
         prefix, network = choose_network(tensors, checkpoint_key)

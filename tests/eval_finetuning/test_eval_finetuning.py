@@ -5,13 +5,18 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from eval_finetuning.eval_finetuning import main
 from evaluation import finetune, sets
+from evaluation.finetune_network import build_network
+from evaluation.finetune_options import get_args_parser
 from models import build_backbone
+from models.safe_load import CheckpointError
 from tests.eval_knn.test_eval_knn import micro
 from tests.eval_linear.test_eval_linear import assert_same, lines_of, saved
 from tests.launch import ROOT, SMALL, finish, make_images, start
+from tests.models.test_hugging_face import IN_FILES, hugging_face_names
 from tests.sources import Stripes
 from utils import run_cli
 
@@ -241,6 +246,29 @@ def test_other_keys_and_other_image_sizes(tune, tmp_path):
     code, said, error = tune("--finetune", tmp_path / "module.pth", *PLAIN, epochs=1)
     assert code == 0 and "matched 54 of 54" in said, error
     assert saved(tmp_path / "out", FINAL)["model"]["pos_embed"].shape == (1, 17, 128)
+
+
+def test_the_key_chooses_among_networks_below_prefixes(tmp_path):
+    names = ("student_backbone", "teacher_backbone")
+    parts = [build_backbone("vit_micro", 8, img_size=32).state_dict() for _ in names]
+    state = {f"{name}.{tensor}": t for name, part in zip(names, parts, strict=True) for tensor, t in part.items()}
+    save_file(state, path := tmp_path / "model.safetensors")
+    options = ["--finetune", str(path), "--input_size", "32", *map(str, PLAIN)]
+    with pytest.raises(CheckpointError, match="2 networks: student_backbone, teacher_backbone; choose one"):
+        build_network(get_args_parser().parse_args(options))
+    for name, part in zip(names, parts, strict=True):
+        network, _ = build_network(get_args_parser().parse_args([*options, "--checkpoint_key", name]))
+        assert network.report.info.prefix == f"{name}."
+        assert torch.equal(network.model.cls_token, part["cls_token"])
+
+
+def test_a_file_of_hugging_face_keeps_its_norms(tmp_path):
+    model = build_backbone("vit_micro", 8, img_size=32, norm_eps=1e-12)
+    save_file(hugging_face_names(model.state_dict(), IN_FILES), path := tmp_path / "model.safetensors")
+    args = get_args_parser().parse_args(["--finetune", str(path), "--input_size", "32", *map(str, PLAIN)])
+    tuned = build_network(args)[0].model.double().eval()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(tuned.pooled(images), model.double().eval()(images), rtol=1e-12, atol=1e-12)
 
 
 def test_the_class_count_and_both_folders_come_from_the_options(tmp_path, monkeypatch, capsys):

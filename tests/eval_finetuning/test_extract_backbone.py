@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from eval_finetuning.extract_backbone_weights_for_finetuning import main
 from models.checkpoints import load_tensors
@@ -12,6 +13,7 @@ from models.layouts.shapes import swin_arguments, vit_arguments
 from models.reading import read_backbone
 from models.swin import SwinTransformer
 from models.vit import VisionTransformer
+from tests.models.test_hugging_face import IN_FILES, hugging_face_names, vit
 from tests.test_parity import GOLDEN
 from utils import run_cli
 
@@ -75,6 +77,23 @@ def test_a_student_is_extracted_by_its_key(extract, tmp_path):
     assert extract(source, tmp_path / "t.pth")[0] == 0
     student, teacher = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in "st")
     assert student.keys() == teacher.keys() and not torch.equal(student["pos_embed"], teacher["pos_embed"])
+
+
+@pytest.mark.parametrize("key", ["teacher_backbone", "student_backbone"])
+def test_a_network_of_hugging_face_below_a_prefix_is_extracted_by_that_prefix(extract, tmp_path, key):
+    state = hugging_face_names(vit(norm_eps=1e-12).float().state_dict(), IN_FILES)
+    file = {f"{name}.{tensor}": t for name in ("student_backbone", "teacher_backbone") for tensor, t in state.items()}
+    save_file({name: t.clone() + name.startswith(key) for name, t in file.items()}, tmp_path / "model.safetensors")
+    code, _, error = extract(tmp_path / "model.safetensors", tmp_path / "flat.pth")
+    assert code == 2 and "--checkpoint_key teacher_backbone" in error and error.count("\n") == 1
+    code, said, error = extract(tmp_path / "model.safetensors", tmp_path / "flat.pth", "--checkpoint_key", key)
+    assert code == 0 and "read with 1e-06" in said, error
+    state_read, info = read_backbone(tmp_path / "flat.pth")
+    load_tensors(ours := vit().float(), state_read, info)
+    load_tensors(expected := vit().float(), *read_backbone(tmp_path / "model.safetensors", key))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(ours(images), expected(images))
+    assert torch.equal(state_read["cls_token"], state["embeddings.cls_token"] + 1)
 
 
 @pytest.mark.parametrize(

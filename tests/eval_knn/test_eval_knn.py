@@ -103,6 +103,23 @@ def test_several_keys_give_a_line_each(evaluate, tmp_path):
     assert code == 2 and "features are kept of one network" in error
 
 
+def test_networks_below_prefixes_are_evaluated_by_name(evaluate, tmp_path):
+    path, prefixed = micro(tmp_path), tmp_path / "lightning.ckpt"
+    state = torch.load(path)["teacher"]
+    networks = {f"{key}.{name}": tensor for key in ("ours", "theirs") for name, tensor in state.items()}
+    torch.save({"state_dict": networks, "epoch": 3}, prefixed)
+    options = ("--crop_size", 32, "--nb_knn", 3)
+    code, _, error = evaluate("--pretrained_weights", prefixed, *options)
+    assert code == 2 and "2 networks: ours, theirs; choose one" in error and not (tmp_path / "out").exists()
+    code, said, error = evaluate("--pretrained_weights", prefixed, *options, "--checkpoint_key", "ours,theirs")
+    assert code == 0 and "names begin with theirs." in said, error
+    results = [json.loads(line) for line in (tmp_path / "out" / "eval_knn.json").read_text().splitlines()]
+    assert [result["checkpoint_key"] for result in results] == ["ours", "theirs"]
+    evaluate("--pretrained_weights", path, *options)
+    (own,) = map(json.loads, (tmp_path / "out" / "eval_knn.json").read_text().splitlines())
+    assert own["numbers"] == results[0]["numbers"] == results[1]["numbers"]
+
+
 def test_without_weights_it_says_loudly_that_they_are_random(evaluate, tmp_path):
     code, said, _ = evaluate("--arch", "vit_micro", "--patch_size", 16, "--crop_size", 32)
     assert code == 0 and "RANDOM WEIGHTS" in said

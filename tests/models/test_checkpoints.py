@@ -507,6 +507,12 @@ def test_tensors_of_unknown_names_are_shown_with_the_nearest_layout(tmp_path):
     )
 
 
+def test_names_that_would_garble_a_terminal_are_refused(tmp_path):
+    for name in ("a\nerror: b", "\x1b[2Jcls_token"):
+        text = refusal(read_backbone, saved(tmp_path, {name: torch.zeros(1)}))
+        assert "\n" not in text and "\x1b" not in text and "could garble a terminal" in text
+
+
 @pytest.mark.parametrize(
     ("layout", "names"),
     [

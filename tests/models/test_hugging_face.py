@@ -1,13 +1,15 @@
 """Vision transformers of Hugging Face: their files give the features that their library computes."""
 
 import json
+import sys
 
 import pytest
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
-from models.checkpoints import load_tensors, network_from_file
+from models.checkpoints import load_tensors, main, network_from_file
 from models.layouts.shapes import vit_arguments
 from models.reading import read_backbone
 from models.safe_load import CheckpointError
@@ -173,6 +175,19 @@ def test_what_a_configuration_beside_the_file_says_is_kept(tmp_path):
     (tmp_path / "config.json").write_text("[1")
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         network_from_file(path)
+
+
+def test_they_become_timm_files_with_the_same_features(tmp_path, monkeypatch):
+    model = vit(norm_eps=1e-12, init_values=1.0)
+    save_file(hugging_face_names(model.state_dict(), DINOV2), tmp_path / "model.safetensors")
+    arguments = ["checkpoints", str(tmp_path / "model.safetensors"), "--to", str(tmp_path / "timm.safetensors")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert main() == 0
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 0}
+    theirs = TimmVisionTransformer(**sizes, init_values=1.0).double().eval()
+    theirs.load_state_dict(load_file(tmp_path / "timm.safetensors"), strict=True)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(theirs(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_without_all_three_of_query_key_and_value_are_refused(tmp_path):
