@@ -3,7 +3,8 @@
 ``decode_pil`` is what the original pipelines do, ``decode_array`` the same pixels sooner: plain JPEG files go through
 OpenCV, everything else through Pillow. Conventions, where a file leaves a choice:
 
-- 16 bits per channel are scaled to 8 (Pillow alone would clip grey images); 32-bit and float images too, see _to_uint8;
+- more than 8 bits per channel are scaled to 8, by a white that data/depth.py finds (Pillow alone would clip grey
+  images); with 8 bits the pixels are Pillow's;
 - transparency is dropped, not blended, as Pillow's ``convert("RGB")`` does;
 - EXIF orientation is ignored and of an animation the first frame is taken, as the original pipelines do.
 
@@ -19,9 +20,12 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from data.depth import GREYS, colour_levels, grey_levels
 from utils import escape
 
-# Remarks on metadata and on sizes that are still accepted would be printed by every worker
+# Remarks on metadata and on sizes that are still accepted would be printed by every worker, for every image
+_set_log_level = cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel  # OpenCV 4, 5
+_set_log_level(0)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
 
@@ -41,7 +45,7 @@ class BadImage(Exception):
 def decode_pil(data: bytes, name: str) -> Image.Image:
     """The image in ``data`` in Pillow's mode RGB. Raises BadImage."""
     with _bad_image_on_error(data, name):
-        return _to_rgb(Image.open(io.BytesIO(data)))
+        return _to_rgb(Image.open(io.BytesIO(data)), data, name)
 
 
 def decode_array(data: bytes, name: str) -> np.ndarray:
@@ -53,7 +57,7 @@ def decode_array(data: bytes, name: str) -> np.ndarray:
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
             if pixels is not None:
                 return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-        return np.array(_to_rgb(image))
+        return np.array(_to_rgb(image, data, name))
 
 
 _JPEG_END = b"\xff\xd9"
@@ -75,27 +79,10 @@ def _bad_image_on_error(data: bytes, name: str) -> Iterator[None]:
         raise BadImage(name, " ".join(reason.split())) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray(_to_uint8(image, white=65535)).convert("RGB")
-    if image.mode in ("I", "F"):
-        # older versions of Pillow open 16-bit PNG files as 32-bit integers
-        return Image.fromarray(_to_uint8(image, white=65535 if image.format == "PNG" else None)).convert("RGB")
+def _to_rgb(image: Image.Image, data: bytes, name: str) -> Image.Image:
+    image.load()
+    if image.mode in GREYS:
+        return Image.fromarray(grey_levels(image, data, name)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # spares a warning per image; the colours are the same
-    return image.convert("RGB")
-
-
-def _to_uint8(image: Image.Image, white: float | None) -> np.ndarray:
-    """Scale so that ``white`` becomes 255.
-
-    32-bit and float files do not say what white is. The smallest of 1 (floats only), 255 and 65535 that no value
-    exceeds is taken, above these the largest value; negative values are black. Raises ValueError for NaN.
-    """
-    values = np.asarray(image, np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("holds values that are not finite")
-    if white is None:
-        common = (1, 255, 65535) if image.mode == "F" else (255, 65535)
-        white = next((value for value in common if values.max() <= value), values.max())
-    return np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8)
+        return image.convert("RGBA").convert("RGB")  # spares a warning per image; the colours are the same
+    return colour_levels(image, image.convert("RGB"), data, name)
