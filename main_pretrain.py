@@ -24,6 +24,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data.datasets import Source, open_training
+from data.decode import reading_from
 from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
 from methods import method_class
 from methods.base import Clock, Method
@@ -226,7 +227,7 @@ def device_pieces(run: Run, epoch: int, step: int) -> Iterator[dict]:
 
 def build(args: argparse.Namespace, world: World) -> Run:
     """Data, networks, optimiser, schedules. Raises UsageError for what only shows when they are built."""
-    source = open_training(args.data_path, args.subset, args.split)
+    source = open_training(args.data_path, args.subset, args.split).read_as(reading_from(args))
     global_batch = args.batch_size_per_gpu * world.size
     niter = steps_per_epoch(len(source), global_batch)
 

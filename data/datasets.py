@@ -5,6 +5,7 @@ names and labels of its images from an index that is made once and kept (data/in
 Sources are cheap to pickle: a worker opens the index's file anew.
 """
 
+import copy
 import functools
 import os
 import struct
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from data.bundled import BundledTiles
-from data.decode import BadImage, decode_array, decode_pil
+from data.decode import PLAIN, BadImage, Reading, decode_array, decode_pil
 from data.index import Index, cached_index
 from data.listing import EXTENSIONS, list_folder, list_zip, plain_splits, splits_below
 from data.lists import check_listed, list_file
@@ -29,6 +30,8 @@ __all__ = ["EXTENSIONS", "BadImage", "Source", "open_source", "open_training"]
 
 class IndexedSource(Source):
     """Encoded images that an index lists; ``read`` fetches the bytes of one. ``inner``: the folder of an archive."""
+
+    reading = PLAIN
 
     def __init__(self, path: Path, index: Index, inner: str = ""):
         self.path, self.index = path, index
@@ -49,17 +52,23 @@ class IndexedSource(Source):
 
     @property
     def fingerprint(self) -> str:
-        return self.index.fingerprint
+        return self.index.fingerprint + self.reading.mark
+
+    def read_as(self, reading: Reading) -> "IndexedSource":
+        source = copy.copy(self)
+        source.reading = reading
+        source.name += ", turned by EXIF" * reading.exif
+        return source
 
     def read(self, index: int) -> bytes:
         """The encoded image. Raises BadImage."""
         raise NotImplementedError
 
     def array(self, index: int) -> np.ndarray:
-        return decode_array(self.read(index), self.image_name(index))
+        return decode_array(self.read(index), self.image_name(index), self.reading)
 
     def pil(self, index: int) -> Image.Image:
-        return decode_pil(self.read(index), self.image_name(index))
+        return decode_pil(self.read(index), self.image_name(index), self.reading)
 
 
 class FileSource(IndexedSource):
@@ -148,6 +157,9 @@ class SubsetSource(Source):
     @property
     def fingerprint(self) -> str:
         return f"{self.source.fingerprint}-{self.per_class}" + f"@{self.start}" * (self.start > 0)
+
+    def read_as(self, reading: Reading) -> "SubsetSource":
+        return SubsetSource(self.source.read_as(reading), self.per_class, self.start, self.fewer)
 
     def image_name(self, index: int) -> str:
         return self.source.image_name(self.positions[index])

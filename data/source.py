@@ -5,12 +5,15 @@ import hashlib
 import numpy as np
 from PIL import Image
 
+from data.decode import Reading
+
 
 class Source:
     """A list of images.
 
     ``name``: for people, e.g. "/imagenet/train (1281167 images, 1000 classes)". ``labels``: (images,) int64, -1 where
-    unknown. ``class_names``: what the labels count. ``fingerprint`` changes when the list of images changes.
+    unknown. ``class_names``: what the labels count. ``fingerprint`` changes when the list of images changes,
+    or how they are read.
     """
 
     name: str
@@ -26,6 +29,10 @@ class Source:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name})"
+
+    def read_as(self, reading: Reading) -> "Source":
+        """The same images, files decoded as ``reading`` says; images that are in no files stay as they are."""
+        return self
 
     def image_name(self, index: int) -> str:
         """Which image, for people; harmless to a terminal."""

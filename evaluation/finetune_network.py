@@ -4,6 +4,7 @@ import argparse
 
 import torch
 
+from data.decode import reading_from
 from evaluation.sets import Sets, open_train_and_test
 from models import ALIASES, is_swin, is_vision_transformer
 from models.adapt import load_to_finetune
@@ -79,4 +80,4 @@ def build_sets(args: argparse.Namespace, recorded_size: object) -> Sets:
     whole = args.data_path is None or size >= 384  # a bundled tile has no border to cut off
     resize = int(size / (args.crop_pct or (1.0 if whole else 224 / 256)))
     images = open_train_and_test(args.data_path, args.subset, eval_data_path=args.eval_data_path)
-    return Sets(images, (size, resize), args.nb_classes, "--nb_classes")
+    return Sets(images, reading_from(args), (size, resize), args.nb_classes, "--nb_classes")

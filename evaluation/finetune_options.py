@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from data.datasets import check_subset
+from data.decode import add_reading_arguments
 from evaluation.network import add_process_arguments
 from evaluation.sets import add_path_arguments
 from utils import PRECISIONS, Parser, UsageError, check_writable
@@ -15,7 +16,9 @@ def get_args_parser() -> Parser:
     _add_network(parser.add_argument_group("network").add_argument)
     _add_optimisation(parser.add_argument_group("optimisation").add_argument)
     _add_augmentation(parser.add_argument_group("augmentation").add_argument)
-    _add_data_and_results(parser.add_argument_group("data and results").add_argument)
+    data = parser.add_argument_group("data and results")
+    _add_data_and_results(data.add_argument)
+    add_reading_arguments(data)
     add_process_arguments(parser.add_argument_group("processes"))
     return parser
 

@@ -19,7 +19,7 @@ LATEST, BEST = "checkpoint.pth", "checkpoint-best.pth"
 FREE = {"data_path", "eval_data_path", "data_set", "output_dir", "log_dir", "num_workers", "device", "dist_url", "eval"}
 FREE |= {"local_rank", "backend", "finetune", "checkpoint_key", "model_key", "resume", "auto_resume", "dist_eval"}
 FREE |= {"save_ckpt_freq", "batch_size_per_gpu", "update_freq", "model", "patch_size", "window_size", "input_size"}
-FREE |= {"model_ema_force_cpu", "crop_pct"}
+FREE |= {"model_ema_force_cpu", "crop_pct", "exif", "max_image_pixels"}  # the last two are in the fingerprints
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from data.datasets import ALL, Source
+from data.decode import reading_from
 from data.preprocess import eval_transform
 from evaluation.baselines import BINS, RAW_SIDE, colour_histogram, raw_pixels
 from evaluation.cache import FeatureCache
@@ -49,7 +50,7 @@ def build_run(args: argparse.Namespace, world: World) -> KnnRun:
     first, last = min(args.subset_starts), max(args.subset_starts)
     span = per_class and last - first + per_class
     images = open_train_and_test(args.data_path, span, first, args.eval_data_path)
-    sets = Sets(images, crop_and_resize(args, network))
+    sets = Sets(images, reading_from(args), crop_and_resize(args, network))
     rows = {
         start: bank_rows(sets.train_labels, per_class, start - first) if per_class else slice(None)
         for start in args.subset_starts

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from data.decode import reading_from
 from data.loader import TrainLoader
 from data.preprocess import eval_transform
 from data.views import LinearViews
@@ -37,7 +38,7 @@ def build_run(args: argparse.Namespace, world: World) -> LinearRun:
     model = network.model.to(world.device).eval().requires_grad_(False)
     features = chosen_features(network, args.n_last_blocks, args.avgpool_patchtokens, args.class_token)
     images = open_train_and_test(args.data_path, args.subset, eval_data_path=args.eval_data_path)
-    sets = Sets(images, crop_and_resize(args, network), args.num_labels)
+    sets = Sets(images, reading_from(args), crop_and_resize(args, network), args.num_labels)
     log.info(str(sets))
     recipes = [Recipe(lr) for lr in dict.fromkeys(args.lr or [0.001])]
     if args.sweep_lr_only is not None:

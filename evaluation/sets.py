@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from data.datasets import Source, check_subset, open_source, testing_path, train_and_test_paths, training_path
+from data.decode import Reading, add_reading_arguments
 from evaluation.features import labels_of
 from models.checkpoints import Network
 from utils import UsageError, check_writable, escape
@@ -21,6 +22,7 @@ def add_data_arguments(parser: argparse._ActionsContainer) -> None:
     add("--resize_size", default=None, type=int, help="shorter side before the crop; left out: crop * 256 / 224")
     add("--batch_size_per_gpu", default=128, type=int, help="images per forward pass and process")
     add("--num_workers", default=10, type=int, help="processes that decode images, per process")
+    add_reading_arguments(parser)
 
 
 def add_path_arguments(add: Callable) -> None:
@@ -87,19 +89,21 @@ def common_labels(train: Source, test: Source) -> tuple[torch.Tensor, torch.Tens
 class Sets:
     """Training and test images, their labels under common class numbers, and the sides of what is cut from them.
 
-    ``sides``: crop and shorter side before it, in pixels. ``classes``: what the user said of their number, and with
-    which ``option``; None counts those of the training images. Raises UsageError when it is too low.
+    ``reading``: how files are decoded. ``sides``: crop and shorter side before it, in pixels. ``classes``: what the
+    user said of their number, and with which ``option``; None counts those of the training images. Raises UsageError
+    when it is too low.
     """
 
     def __init__(
         self,
         images: tuple[Source, Source],
+        reading: Reading,
         sides: tuple[int, int],
         classes: int | None = None,
         option: str = "--num_labels",
     ):
-        self.train, self.test = images
-        self.train_labels, self.test_labels = common_labels(*images)
+        self.train, self.test = (source.read_as(reading) for source in images)
+        self.train_labels, self.test_labels = common_labels(self.train, self.test)
         self.crop_size, self.resize_size = sides
         self.classes = classes or len(self.train.class_names)
         if self.classes < len(self.train.class_names):

@@ -334,6 +334,9 @@ def test_a_run_that_diverges_is_stopped_and_its_replay_names_the_first_broken_la
     with pytest.raises(RunStopped, match="3 steps in a row"):
         run_here(monkeypatch, data_path=images, output_dir=tmp_path, **options)
     (box,) = tmp_path.glob("nonfinite_*.pth")
+    state = torch.load(box, weights_only=True)
+    del state["args"]["exif"]  # as of a file that is older than the option
+    torch.save(state, box)
     assert run_here(monkeypatch, replay=box, output_dir=tmp_path) == 0
     assert "first broken layer: teacher.backbone." in caplog.text
 
@@ -423,6 +426,14 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(tmp_path, monkeyp
     with pytest.raises(RunStopped, match="of 40 images were unreadable"):
         run_here(monkeypatch, output_dir=tmp_path / "strict", **options)
     assert load(tmp_path / "strict")["tutelage"]["step"] > 0
+
+
+def test_photographs_are_turned_if_asked_and_a_run_that_did_not_is_not_continued(tmp_path, monkeypatch):
+    folder = make_images(tmp_path / "images", 8)
+    options = {"data_path": folder, "output_dir": tmp_path / "run", "epochs": 1}
+    run_here(monkeypatch, **options)
+    with pytest.raises(UsageError, match=r"--exif: False there, True here.*-exif here"):
+        run_here(monkeypatch, **options, exif="true")
 
 
 def test_no_local_crops_leaves_two_views(images, tmp_path, monkeypatch):

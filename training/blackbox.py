@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from data.datasets import open_training
+from data.decode import reading_from
 from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
 from methods import method_class
 from methods.base import Clock, Method
 from models.safe_load import load_file
 from training.consensus import Verdict
-from training.options import resolve_precision
+from training.options import parse_options, resolve_precision
 from utils import UsageError, World, autocast, batch_dtype, log, save_torch
 
 
@@ -83,9 +84,10 @@ def replay(path: Path, overrides: dict, world: World) -> int:
     state = load_file(path)
     if "nonfinite" not in state:
         raise UsageError(f"--replay {path}: not a file of a step that was not finite")
-    args = argparse.Namespace(**{**state["args"], "use_fp16": None, **overrides})
+    defaults = vars(parse_options(["--method", state["args"]["method"]]))  # of options younger than the file
+    args = argparse.Namespace(**{**defaults, **state["args"], "use_fp16": None, **overrides})
     resolve_precision(args, world.device)
-    source = open_training(args.data_path, args.subset, getattr(args, "split", "train"))
+    source = open_training(args.data_path, args.subset, args.split).read_as(reading_from(args))
     cls = method_class(args.method)
     method = cls.build(args).to(world.device, batch_dtype(args.precision))
     for key, part in method.checkpoint_parts().items():

@@ -6,6 +6,7 @@ import os
 import torch
 
 from data.datasets import ALL, Source, SubsetSource, open_source, train_and_test_paths, training_path
+from data.decode import reading_from
 from data.preprocess import eval_transform
 from evaluation.features import MEAN, extract_features, labels_of
 from evaluation.knn import as_numbers, knn_classify
@@ -34,8 +35,9 @@ class OnlineKNN:
     def _open(self) -> str:
         """Open the images. Returns why there are none; raises UsageError only for a folder the user named."""
         try:
-            paths = self._paths()
-            train, test = open_source(paths[0]), open_source(paths[1], split="test")
+            paths, reading = self._paths(), reading_from(self.args)
+            train = open_source(paths[0]).read_as(reading)
+            test = open_source(paths[1], split="test").read_as(reading)
             _, query_labels = common_labels(train, test)
         except UsageError as error:
             if self.args.knn_data is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from data.datasets import ALL, SPLITS, check_subset
+from data.decode import add_reading_arguments
 from evaluation.network import add_feature_arguments
 from methods import METHODS, method_class
 from methods.base import Method
@@ -47,7 +48,8 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--window_size", default=7, type=int, help="patches along a side of Swin's windows; EsViT also has 14")
     add("--drop_path_rate", "--drop_path", default=0.1, type=float, help="stochastic depth of the student's last block")
 
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add(
         "--data_path",
         help="folder, list (.txt) or zip of images, or a folder in a zip (images.zip/data/train); "
@@ -64,6 +66,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--augment", default="fast", choices=["fast", "pil"], help="pil: the original's pixels, bit for bit; slower")
     add("--num_workers", default=10, type=int, help="data loading processes per GPU; no influence on the numbers")
     add("--max_bad_images", default=0.01, type=float, help="stop when a larger share of the images is unreadable")
+    add_reading_arguments(group)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size_per_gpu", default=64, type=int, help="images per process and step")

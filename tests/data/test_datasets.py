@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from data.datasets import BadImage, SubsetSource, open_source
+from data.decode import Reading
 from tests.data.helpers import encoded, photograph, write_folder, write_image, write_list
 from utils import UsageError
 
@@ -204,6 +205,43 @@ def test_a_subset_reads_its_own_images(tmp_path):
     whole, part = open_source(str(root)), open_source(str(root), subset=1)
     assert np.array_equal(part.array(1), whole.array(2)) and np.array_equal(part.pil(1), whole.pil(2))
     assert "1 per class (2 images)" in part.name
+
+
+def turned_photograph(path: Path) -> None:
+    """24 x 32 pixels, to be turned by a quarter."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(photograph(1, 24, 32), path.suffix[1:].upper(), exif=exif))
+
+
+@pytest.mark.parametrize("name", ["1.jpeg", "1.png"])
+def test_every_source_reads_as_it_is_told_wherever_it_is_sent(tmp_path, name):
+    """Crop boxes are drawn on what ``array`` gives, so on the size that it has been turned to."""
+    root = tmp_path / "train"
+    turned_photograph(root / "a" / name)
+    (tmp_path / "list.txt").write_text(f"train/a/{name}\tx\n")
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.write(root / "a" / name, f"a/{name}")
+    turned = np.asarray(Image.open(root / "a" / name).transpose(Image.Transpose.ROTATE_270))
+    for path in (root, tmp_path / "list.txt", tmp_path / "z.zip"):
+        for subset in (None, 1):
+            plain = open_source(str(path), subset)
+            source = plain.read_as(Reading(exif=True))
+            for copy in (source, pickle.loads(pickle.dumps(source))):
+                assert (copy.array(0).shape, plain.array(0).shape) == ((32, 24, 3), (24, 32, 3))
+                assert np.abs(pixels(copy)[0].astype(int) - turned).max() <= 1
+            assert "turned by EXIF" in source.name and source.fingerprint != plain.fingerprint
+            small = plain.read_as(Reading(max_pixels=767))
+            assert small.fingerprint != plain.fingerprint and small.name == plain.name
+            with pytest.raises(BadImage, match="768 pixels, more than --max_image_pixels 767"):
+                pickle.loads(pickle.dumps(small)).array(0)
+            assert plain.read_as(Reading()).fingerprint == plain.fingerprint
+
+
+def test_what_is_in_no_files_is_read_in_one_way():
+    source = open_source(None, subset=1)
+    assert source.read_as(Reading(exif=True, max_pixels=1)).fingerprint == source.fingerprint
 
 
 def test_a_subset_that_cannot_be_taken_says_why(tmp_path):

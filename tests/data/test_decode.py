@@ -1,3 +1,4 @@
+import io
 import pickle
 import warnings
 
@@ -6,17 +7,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.decode import BadImage, decode_array, decode_pil
+from data.decode import PLAIN, BadImage, Reading, add_reading_arguments, decode_array, decode_pil, reading_from
 from tests.data.helpers import encoded, photograph
+from utils import Parser, UsageError
 
 IMAGE = photograph(1)
 PIL_IMAGE = Image.fromarray(IMAGE)
 GREY = np.asarray(PIL_IMAGE.convert("L"))
 
 
-def both(data: bytes) -> np.ndarray:
+def both(data: bytes, reading: Reading = PLAIN) -> np.ndarray:
     """Decoded, having made sure that both decoders agree."""
-    array, image = decode_array(data, "x"), decode_pil(data, "x")
+    array, image = decode_array(data, "x", reading), decode_pil(data, "x", reading)
     assert image.mode == "RGB" and array.dtype == np.uint8 and array.ndim == 3 and array.flags.writeable
     assert np.array_equal(array, np.asarray(image))
     return array
@@ -119,11 +121,62 @@ def test_the_first_frame_of_an_animation_is_taken():
     assert (both(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == 10).all()
 
 
-def test_exif_orientation_is_ignored_as_the_original_does():
+TURNED = {  # what the file [[1, 2, 3], [4, 5, 6]] shows at every orientation
+    1: [[1, 2, 3], [4, 5, 6]],
+    2: [[3, 2, 1], [6, 5, 4]],
+    3: [[6, 5, 4], [3, 2, 1]],
+    4: [[4, 5, 6], [1, 2, 3]],
+    5: [[1, 4], [2, 5], [3, 6]],
+    6: [[4, 1], [5, 2], [6, 3]],
+    7: [[6, 3], [5, 2], [4, 1]],
+    8: [[3, 6], [2, 5], [1, 4]],
+}
+
+
+def fields(form: str, orientation: object) -> bytes:
+    """Six grey fields of 16 x 16 pixels, marked with an orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    levels = np.array(TURNED[1], np.uint8).repeat(16, axis=0).repeat(16, axis=1) * 40
+    return encoded(np.stack([levels] * 3, axis=2), form, exif=exif)
+
+
+def seen(array: np.ndarray) -> list[list[int]]:
+    return np.rint(array[8::16, 8::16, 0] / 40).astype(int).tolist()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_exif_orientation_is_ignored_as_the_original_does_unless_it_is_asked_for(form, orientation):
+    data = fields(form, orientation)
+    assert seen(both(data, Reading(exif=True))) == TURNED[orientation]
+    ignored = TURNED[orientation if form == "TIFF" else 1]  # parity: Pillow turns a TIFF while it reads it
+    assert seen(both(data)) == seen(np.asarray(Image.open(io.BytesIO(data)))) == ignored
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255])
+def test_an_orientation_that_means_nothing_turns_nothing(orientation):
+    assert seen(both(fields("JPEG", orientation), Reading(exif=True))) == TURNED[1]
+
+
+def test_damaged_exif_turns_nothing():
+    data = encoded(IMAGE, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert np.array_equal(both(data, Reading(exif=True)), both(data))
+
+
+def test_deep_greys_and_colours_are_turned_too():
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encoded(IMAGE, "JPEG", exif=exif)
-    assert both(data).shape == IMAGE.shape
+    deep = np.array(TURNED[1], np.uint16) * 600
+    grey = encoded(Image.fromarray(deep), "PNG", exif=exif)
+    assert both(grey, Reading(exif=True))[..., 0].tolist() == [[149, 37], [187, 75], [224, 112]]  # 4095 is white
+    colours = cv2_encoded(".png", np.stack([deep] * 3, axis=2))
+    chunk = grey[grey.index(b"eXIf") - 4 : grey.index(b"IDAT") - 4]
+    assert both(colours[:33] + chunk + colours[33:], Reading(exif=True))[..., 0].tolist() == [
+        [149, 37],
+        [187, 75],
+        [224, 112],
+    ]
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
@@ -154,12 +207,54 @@ def test_what_is_no_image_is_a_bad_image_with_a_reason(data, reason):
         assert "0x" not in caught.value.reason  # the same text in every run
 
 
-def test_a_decompression_bomb_is_a_bad_image_that_says_so(monkeypatch):
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
+def test_an_image_of_too_many_pixels_is_a_bad_image_that_names_the_option(form):
+    data, pixels, before = encoded(IMAGE, form), IMAGE.shape[0] * IMAGE.shape[1], Image.MAX_IMAGE_PIXELS
+    for decode in (decode_array, decode_pil):
+        with pytest.raises(BadImage, match=r"10800 pixels, more than --max_image_pixels 10799: .*decompression bomb"):
+            decode(data, "x", Reading(max_pixels=pixels - 1))
+    both(data, Reading(max_pixels=pixels))
+    assert before == Image.MAX_IMAGE_PIXELS  # other users of Pillow keep its limit
+
+
+def test_more_pixels_than_pillow_allows_can_be_allowed(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    for form in ("JPEG", "PNG"):
-        for decode in (decode_array, decode_pil):
-            with pytest.raises(BadImage, match="decompression bomb"):
-                decode(encoded(IMAGE, form), "x")
+    both(encoded(IMAGE, "PNG"), Reading(max_pixels=20_000))
+
+
+def test_what_opencv_refuses_is_read_by_pillow(monkeypatch):
+    def refuse(*_):
+        raise cv2.error("CV_IO_MAX_IMAGE_PIXELS")
+
+    data = encoded(IMAGE, "JPEG")
+    expected = both(data)
+    monkeypatch.setattr(cv2, "imdecode", refuse)
+    assert np.array_equal(both(data), expected)
+
+
+def test_the_default_limit_is_pillows():
+    assert Reading().max_pixels == 2 * Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize(
+    ("argv", "reading"),
+    [
+        ("", Reading()),
+        ("--exif true --max_image_pixels 7", Reading(True, 7)),
+        ("--max_image_pixels 0", r"--max_image_pixels: 0: a number of pixels, at least 1"),
+        ("--max_image_pixels -5", r"--max_image_pixels: -5: a number of pixels"),
+        ("--max_image_pixels 1e9", r"--max_image_pixels: 1e9: a number of pixels"),
+        ("--exif maybe", "--exif: 'maybe' is neither true nor false"),
+    ],
+)
+def test_the_options_make_a_reading_or_are_refused(argv, reading):
+    parser = Parser()
+    add_reading_arguments(parser)
+    if isinstance(reading, Reading):
+        assert reading_from(parser.parse_args(argv.split())) == reading
+        return
+    with pytest.raises(UsageError, match=reading):
+        parser.parse_args(argv.split())
 
 
 def test_a_bad_image_survives_the_way_from_a_worker():

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from data.datasets import SubsetSource
+from data.datasets import SubsetSource, open_source
 from eval_knn.eval_knn import main
 from evaluation import sets
 from models import build_backbone
+from tests.data.helpers import encoded, photograph
 from tests.sources import Stripes
 from utils import run_cli
 
@@ -171,6 +173,26 @@ def test_other_features_are_kept_under_their_own_name(evaluate, tmp_path):
     assert evaluate("--arch", "resnet18", "--crop_size", 32, "--nb_knn", 5)[0] == 0
 
 
+def test_photographs_that_are_turned_have_features_of_their_own(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(sets, "open_source", open_source)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.png").write_bytes(encoded(photograph(ord(name[-1])), exif=exif))
+    options = ("--arch", "vit_micro", "--data_path", tmp_path, "--crop_size", 32, "--nb_knn", 1)
+    options += ("--dump_features", tmp_path / "kept")
+    features = []
+    for turned in ("false", "true"):
+        code, said, error = evaluate(*options, "--exif", turned)
+        assert code == 0 and "features written to" in said, error
+        features.append(torch.load(tmp_path / "kept" / "trainfeat.pth"))
+        data = json.loads((tmp_path / "out" / "eval_knn.json").read_text())["data"]
+        assert data.count(", turned by EXIF") == (2 if turned == "true" else 0)
+    assert not torch.allclose(*features)
+
+
 def test_of_two_class_tokens_any_may_be_asked(evaluate, tmp_path):
     torch.save(build_backbone("vit_micro", 8, img_size=32, num_class_tokens=2).state_dict(), tmp_path / "two.pth")
     options, kept = ("--pretrained_weights", tmp_path / "two.pth", "--crop_size", 32, "--nb_knn", 5), {}
@@ -199,6 +221,7 @@ def test_of_two_class_tokens_any_may_be_asked(evaluate, tmp_path):
         (["--temperature", "0"], ["--temperature 0"]),
         (["--crop_size", "8"], ["--crop_size 8", "patch"]),
         (["--crop_size", "64", "--resize_size", "32"], ["--resize_size 32"]),
+        (["--max_image_pixels", "0"], ["--max_image_pixels: 0"]),
         (["--batch_size_per_gpu", "0"], ["--batch_size_per_gpu 0"]),
         (["--num_workers", "-1"], ["--num_workers -1"]),
         (["--patch_size", "15"], ["--patch_size 15"]),

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from data.decode import MAX_IMAGE_PIXELS
 from models import build_backbone
 from tests.launch import make_images
 from training import online_knn
@@ -34,6 +35,8 @@ def online(data_path=None, knn_data=None, backbone=None, **options) -> OnlineKNN
         "global_crops_size": 32,
         "batch_size_per_gpu": 8,
         "num_workers": 0,
+        "exif": False,
+        "max_image_pixels": MAX_IMAGE_PIXELS,
     }
     backbone = backbone or build_backbone("vit_micro", 8, img_size=32)
     return OnlineKNN(argparse.Namespace(**{**args, **options}), ALONE, backbone)
@@ -54,6 +57,7 @@ def test_a_class_with_fewer_images_gives_all_it_has(tmp_path):
     assert limited.labels[0].tolist() == [0] * 3 + [1] * 3
     everything = online(tmp_path / "train", knn_per_class=-1)
     assert len(everything.sets[0]) == 9 and everything.sets[0].name.startswith(str(tmp_path / "train"))
+    assert all("turned by EXIF" in source.name for source in online(tmp_path / "train", exif=True).sets)
     accuracy = test()
     assert set(accuracy) == {"10", "20"} and all(0 <= value <= 100 for value in accuracy["10"].values())
     assert list(accuracy["10"]) == ["top1", "top5"]

@@ -22,10 +22,10 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 # A new option is a decision: it is added here, to the README or the help, and to FREE_OPTIONS if it changes no number.
 SHARED = """
     accept_changes accum_iter arch augment avgpool_patchtokens backend batch_size_per_gpu class_token clip_grad
-    compile config data_path deterministic device dist_url drop_path_rate dry_run epochs grad_checkpointing knn_data
-    knn_every
-    knn_per_class knn_temperature load_from local_rank lr max_bad_images max_skipped method min_lr n_last_blocks
-    nb_knn num_workers
+    compile config data_path deterministic device dist_url drop_path_rate dry_run epochs exif grad_checkpointing
+    knn_data knn_every
+    knn_per_class knn_temperature load_from local_rank lr max_bad_images max_image_pixels max_skipped method min_lr
+    n_last_blocks nb_knn num_workers
     optimizer output_dir patch_size precision print_freq replay save_every_minutes saveckp_freq seed split subset
     use_cuda
     use_fp16 warmup_epochs weight_decay weight_decay_end window_size
@@ -341,6 +341,8 @@ def test_a_faulty_preset_is_answered_with_its_line_and_key(tmp_path, text, messa
         ("--precision fp16", "fp16 training needs a GPU"),
         ("--use_fp16 false --precision bf16", "--use_fp16 False contradicts --precision bf16"),
         ("--use_fp16 maybe", "'maybe' is neither true nor false"),
+        ("--max_image_pixels 0", "--max_image_pixels: 0: a number of pixels, at least 1"),
+        ("--exif sideways", "--exif: 'sideways' is neither true nor false"),
         ("--load_from nowhere.pth", r"--load_from nowhere.pth: no such file in --output_dir \."),
         ("--backend mpi", "--backend: invalid choice: 'mpi'"),
         ("--config nowhere.yaml", "--config nowhere.yaml: No such file"),
@@ -362,6 +364,11 @@ def test_what_changes_no_number_may_change_when_a_run_is_continued():
     two = parse_options(["--num_workers", "2", "--batch_size_per_gpu", "4", "--output_dir", "b", "--accum_iter", "2"])
     assert trajectory_options(one) == trajectory_options(two)
     assert trajectory_options(one) != trajectory_options(parse_options(["--lr", "1"]))
+
+
+@pytest.mark.parametrize("argv", ["--exif true", "--max_image_pixels 1000"])
+def test_what_decides_which_pixels_are_seen_is_of_the_run(argv):
+    assert trajectory_options(parse_options([])) != trajectory_options(parse_options(argv.split()))
 
 
 def test_options_have_the_names_of_several_originals():
