@@ -428,6 +428,19 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(tmp_path, monkeyp
     assert load(tmp_path / "strict")["tutelage"]["step"] > 0
 
 
+def test_pictures_of_a_first_batch_with_unreadable_images_show_what_replaces_them(tmp_path, monkeypatch, caplog):
+    folder = make_images(tmp_path / "images", 16)
+    broken = sorted(folder.glob("*/*.jpg"))[::2]  # a batch of eight cannot be without one
+    for path in broken:
+        path.write_bytes(b"no image")
+    assert run_here(monkeypatch, data_path=folder, output_dir=tmp_path / "dry", dry_run=True) == 0
+    assert "unreadable image, replaced by another: " in caplog.text
+    assert (tmp_path / "dry" / "first_batch.png").exists()
+    options = {"data_path": folder, "epochs": 1, "max_bad_images": 1}
+    assert run_here(monkeypatch, output_dir=tmp_path / "run", **options) == 0
+    assert tensorboard_of(tmp_path / "run").Tags()["images"] == ["crops", "attention"]
+
+
 def test_photographs_are_turned_if_asked_and_a_run_that_did_not_is_not_continued(tmp_path, monkeypatch):
     folder = make_images(tmp_path / "images", 8)
     options = {"data_path": folder, "output_dir": tmp_path / "run", "epochs": 1}

@@ -20,6 +20,8 @@ SCANNED = 64
 def dry_run(run, pieces) -> None:
     """Print parameter counts, predicted memory and a scan of the data; draw the first batch, and places if sampled."""
     piece = next(pieces)
+    for name, reason in piece["bad"]:
+        log.error("unreadable image, replaced by another: %s (%s)", name, reason)
     describe_parameters(run)
     describe_memory(run)
     scan_images(run.source)
