@@ -6,8 +6,10 @@
 For every image: ``img.png`` (what the network saw), ``attn-head<j>.png`` for each head, with ``--threshold`` also
 ``mask_th<threshold>_head<j>.png`` (the patches that hold this share of the head's attention), and ``sheet.png``, a
 contact sheet of them. Of two class tokens (UDI) the second has files of its own, ``attn-cls+-head<j>.png`` and
-``mask-cls+_th<threshold>_head<j>.png``, and its own rows below. Several images get a folder each. DINO (2104.14294),
-figures 1 and 3; its script of this name.
+``mask-cls+_th<threshold>_head<j>.png``, and its own rows below. Several images get a folder each; of those in a folder
+an unreadable one is left out, and the script ends with exit code 1 and its name. What this script wrote is marked as
+such inside the file, so that a folder of images may hold --output_dir. DINO (2104.14294), figures 1 and 3; its script
+of this name.
 """
 
 import argparse
@@ -17,17 +19,18 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torchvision import transforms
 
 from data.bundled import photograph_paths
-from data.datasets import EXTENSIONS, BadImage
-from data.decode import decode_pil
+from data.datasets import EXTENSIONS
+from data.decode import PLAIN, BadImage, Reading, add_reading_arguments, decode_pil, reading_from
 from data.listing import is_hidden, is_image
 from data.preprocess import MEAN, STD, to_pixels
 from evaluation.features import evaluating
 from evaluation.network import add_network_arguments, network_from_options
 from randomness import counted_uniforms
-from utils import Parser, UsageError, check_writable, escape, init_world, log, make_folder, run_cli
+from utils import Parser, RunStopped, UsageError, check_writable, escape, init_world, log, make_folder, run_cli
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a network to maps and masks
@@ -169,38 +172,61 @@ def attention_sheet(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+MARK = b"tEXtSoftware\0Tutelage"  # near the beginning of every picture that was written here
+SHOWN = 20  # names of unreadable images
+
+
 def image_files(path: str | None) -> list[Path]:
-    """The image at ``path``, those below a folder, or the bundled photographs."""
+    """The image at ``path``, those below a folder but for what ``save_picture`` wrote, or the bundled photographs."""
     if path is None:
         return photograph_paths()
     place = Path(path)
     if place.is_file():
         return [place]
-    files = sorted(place.rglob("*")) if place.is_dir() else []
-    found = [f for f in files if is_image(f.name) and not any(map(is_hidden, f.relative_to(place).parts))]
+    named = [f for f in place.rglob("*") if is_image(f.name) and not any(map(is_hidden, f.relative_to(place).parts))]
+    images = [file for file in named if file.is_file() or not file.exists()]  # a link to nowhere is not passed over
+    found = sorted(file for file in images if not was_written_here(file))
+    left_out = f"{len(images) - len(found)} pictures that were made by Tutelage are left out"
     if not found:
         what = "no image in this folder" if place.is_dir() else "no such file or folder"
+        what += f" ({left_out})" * (len(images) > 0)
         raise UsageError(
             f"--image_path {escape(place)}: {what}; pass an image ({', '.join(EXTENSIONS[:3])}, ...) or a folder"
         )
+    if len(images) > len(found):
+        log.info(f"{escape(place)}: {left_out}")
     return found
 
 
-def read_image(path: Path, size: list[int]) -> torch.Tensor:
-    """The normalised image (3, height, width) at ``size`` (height, width), or with its shorter side at one number."""
+def was_written_here(path: Path) -> bool:
+    """Whether ``save_picture`` made this file."""
     try:
-        image = decode_pil(path.read_bytes(), str(path))
+        with open(path, "rb") as file:
+            return MARK in file.read(256)
+    except OSError:
+        return False
+
+
+def read_image(path: Path, size: list[int], reading: Reading = PLAIN) -> torch.Tensor:
+    """The normalised image (3, height, width) at ``size`` (height, width), or with its shorter side at one number.
+
+    Raises BadImage.
+    """
+    try:
+        data = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{escape(path)}: cannot be read: {error.strerror}") from error
-    except BadImage as error:
-        raise UsageError(f"{escape(path)}: cannot be read as an image ({error.reason}); mend or remove it") from error
+        raise BadImage(str(path), error.strerror or str(error)) from error
+    image = decode_pil(data, str(path), reading)
     steps = [transforms.Resize(size if len(size) == 2 else size[0]), transforms.ToTensor()]
     return transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(image)
 
 
 def save_picture(picture: np.ndarray, path: Path) -> None:
+    """Write a PNG with MARK. Raises UsageError."""
+    mark = PngInfo()
+    mark.add_text("Software", "Tutelage")
     try:
-        Image.fromarray(picture).save(path)
+        Image.fromarray(picture).save(path, pnginfo=mark)
     except OSError as error:
         raise UsageError(f"--output_dir {path.parent}: {path.name} cannot be written: {error}") from error
 
@@ -228,22 +254,42 @@ def result_folders(files: list[Path], output_dir: str) -> list[Path]:
     """Where the pictures of every file go: ``output_dir`` itself for one, a folder of its name for each of several."""
     root = Path(output_dir)
     if len(files) == 1:
-        folders = [root]
-    else:
-        names = [file.stem for file in files]
-        repeated = {name for name in names if names.count(name) > 1}
-        folders = [root / (f"{number:04d}_{name}" if name in repeated else name) for number, name in enumerate(names)]
-    for folder in folders:
-        make_folder(folder)
-    return folders
+        return [root]
+    names = [file.stem for file in files]
+    repeated = {name for name in names if names.count(name) > 1}
+    return [root / (f"{number:04d}_{name}" if name in repeated else name) for number, name in enumerate(names)]
+
+
+def refuse_to_overwrite(files: list[Path], folders: list[Path]) -> None:
+    """Raise UsageError for an image that has the place and the name of a picture that will be written."""
+    places = {folder.resolve() for folder in folders}
+    for file in files:
+        ours = file.name in ("img.png", "sheet.png") or file.name.startswith(("attn-", "mask-", "mask_"))
+        if ours and file.parent.resolve() in places:
+            raise UsageError(
+                f"--output_dir {escape(file.parent)}: {escape(file.name)} is an image to look at; choose another folder"
+            )
+
+
+def refuse_unreadable(errors: list[BadImage], path: str | None, images: int) -> None:
+    """Raise UsageError where there are any; pictures of the others have been written."""
+    if not errors:
+        return
+    if path is not None and Path(path).is_file():
+        raise UsageError(f"{errors[0].name}: cannot be read as an image ({errors[0].reason}); mend or remove it")
+    names = "; ".join(f"{error.name} ({error.reason})" for error in errors[:SHOWN])
+    names += f"; and {len(errors) - SHOWN} more" * (len(errors) > SHOWN)
+    raise RunStopped(f"{len(errors)} of {images} images cannot be read, mend or remove them: {names}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="visualize_attention.py", description="Pictures of a vision transformer's attention.")
     add_network_arguments(parser.add_argument_group("which network"))
-    add = parser.add_argument_group("which images").add_argument
+    group = parser.add_argument_group("which images")
+    add = group.add_argument
     add("--image_path", "--data_path", default=None, help="image, or folder of images; left out: bundled photographs")
     add("--image_size", default=[480, 480], nargs="+", type=int, help="height and width, or one number: shorter side")
+    add_reading_arguments(group)
     add = parser.add_argument_group("pictures").add_argument
     add("--threshold", default=None, type=float, help="also show the patches that hold this share of the attention")
     add("--output_dir", default=".", help="where pictures are written")
@@ -264,10 +310,19 @@ def main() -> None:
     check_has_attention(model)
     if min(args.image_size) < model.patch_size:
         raise UsageError(f"--image_size {min(args.image_size)}: smaller than a patch ({model.patch_size} pixels)")
+    unreadable, folders = [], result_folders(files, args.output_dir)
+    refuse_to_overwrite(files, folders)
     with evaluating(model):
-        for file, folder in zip(files, result_folders(files, args.output_dir), strict=True):
-            visualise(model, read_image(file, args.image_size).to(world.device), folder, args.threshold)
+        for file, folder in zip(files, folders, strict=True):
+            try:
+                image = read_image(file, args.image_size, reading_from(args))
+            except BadImage as error:
+                unreadable.append(error)
+                continue
+            make_folder(folder)
+            visualise(model, image.to(world.device), folder, args.threshold)
             log.info(f"{escape(file)} -> {escape(folder)}/")
+    refuse_unreadable(unreadable, args.image_path, len(files))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Maps, masks and pictures of attention, and the script that writes them."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.decode import BadImage
 from data.preprocess import to_pixels
 from models import build_backbone
 from models.vit import VisionTransformer
@@ -24,6 +26,7 @@ from visualize_attention import (
     keep_mass,
     main,
     read_image,
+    refuse_unreadable,
     stretched,
 )
 
@@ -217,6 +220,72 @@ def test_sixteen_bit_images_are_scaled_and_not_cut_off(tmp_path):
     assert np.abs(picture[..., 0].astype(int) - values // 257).max() <= 1
 
 
+def test_a_folder_goes_on_after_an_unreadable_image_and_ends_with_its_name(visualise, tmp_path):
+    folder = photographs(tmp_path / "photos")
+    (folder / "broken.png").write_bytes((folder / "two.png").read_bytes()[:60])
+    (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "album.jpg").mkdir()
+    os.mkfifo(folder / "pipe.jpg")
+    options = ("--arch", "vit_micro", "--image_size", 32, "--image_path", folder)
+    code, said, error = visualise(*options)
+    assert code == 1 and error.count("\n") == 1
+    assert error.startswith("error: 2 of 5 images cannot be read") and "album" not in error
+    assert f"{folder}/broken.png (" in error and f"{folder}/gone.jpg (No such file or directory)" in error
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"0002_one", "0003_one", "two"}
+    assert all((path / "sheet.png").exists() for path in (tmp_path / "out").iterdir()) and "-> " in said
+
+
+def test_the_names_of_many_unreadable_images_are_shortened():
+    errors = [BadImage(f"{number}.jpg", "empty") for number in range(23)]
+    with pytest.raises(UsageError, match=r"23 of 30 images .*; 19\.jpg \(empty\); and 3 more$"):
+        refuse_unreadable(errors, None, 30)
+
+
+def test_what_the_script_wrote_is_no_image_of_the_next_time(visualise, tmp_path):
+    folder = photographs(tmp_path / "photos")
+    options = ("--arch", "vit_micro", "--image_size", 32, "--image_path", folder)
+    for output_dir in (folder, folder / "nested" / "pictures"):
+        for _ in range(2):
+            assert visualise(*options, "--output_dir", output_dir)[0] == 0
+    written = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("sheet.png"))
+    results = ["0000_one/", "0001_one/", "two/"]  # not one more than there are images
+    assert len(image_files(str(folder))) == 3 and len(written) == 6
+    assert written == sorted(f"{place}{name}sheet.png" for place in ("", "nested/pictures/") for name in results)
+    code, said, _ = visualise(*options, "--output_dir", tmp_path / "elsewhere")
+    assert code == 0 and "36 pictures that were made by Tutelage are left out" in said
+    code, _, error = visualise(*options[:-1], folder / "two", "--output_dir", tmp_path / "elsewhere")
+    assert code == 2 and "no image in this folder (6 pictures that were made by Tutelage are left out)" in error
+
+
+def test_an_image_is_never_overwritten_by_its_own_pictures(visualise, tmp_path):
+    folder = photographs(tmp_path / "photos")
+    image = (folder / "two.png").rename(folder / "img.png")
+    before = image.read_bytes()
+    options = ("--arch", "vit_micro", "--image_size", 32, "--image_path", image)
+    code, _, error = visualise(*options, "--output_dir", folder)
+    assert code == 2 and "img.png" in error and image.read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["img.png", "nested", "notes.txt", "one.jpg"]
+
+
+def test_photographs_are_turned_if_asked(visualise, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.fromarray(Stripes(size=64).array(0)[:32]).save(tmp_path / "photo.jpg", exif=exif)
+    options = ("--arch", "vit_micro", "--image_size", 32, "--image_path", tmp_path / "photo.jpg")
+    for words, size in (((), (64, 32)), (("--exif", "true"), (32, 64))):
+        assert visualise(*options, *words)[0] == 0
+        with Image.open(tmp_path / "out" / "img.png") as picture:
+            assert picture.size == size
+
+
+def test_the_largest_image_is_an_option(visualise, tmp_path):
+    image = photographs(tmp_path / "photos") / "one.jpg"
+    options = ("--arch", "vit_micro", "--image_size", 32, "--image_path", image, "--max_image_pixels")
+    code, _, error = visualise(*options, 5489)
+    assert code == 2 and "5490 pixels, more than --max_image_pixels 5489" in error
+    assert visualise(*options, 5490)[0] == 0
+
+
 def test_random_weights_are_announced(visualise, tmp_path):
     image = photographs(tmp_path / "photos") / "one.jpg"
     code, said, _ = visualise("--arch", "vit_micro", "--image_path", image, "--image_size", 32)
@@ -230,6 +299,7 @@ def test_random_weights_are_announced(visualise, tmp_path):
         (["--image_path", "tests/methods"], "no image in this folder"),
         (["--image_path", "pyproject.toml"], "cannot be read as an image"),
         (["--threshold", "1.5"], "--threshold 1.5"),
+        (["--max_image_pixels", "-1"], "--max_image_pixels: -1: a number of pixels"),
         (["--image_size", "1", "2", "3"], "--image_size 1 2 3"),
         (["--image_size", "8"], "smaller than a patch"),
         (["--arch", "resnet18"], "no class token"),
