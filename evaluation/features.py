@@ -95,9 +95,10 @@ def pool_tokens(
 ) -> torch.Tensor:
     """``feature`` from the tokens of the last blocks, oldest first, each (batch, tokens, its dim).
 
-    ``unnormalised``: those of the last block as avgpool 1 takes them.
+    ``unnormalised``: those of the last block as avgpool 1 takes them. Of fewer blocks than the feature asks for all are
+    taken, as the originals do.
     """
-    last = layers[len(layers) - feature.n_last_blocks :]
+    last = layers[-feature.n_last_blocks :]
     classes = [tokens[:, token] for tokens in last for token in CLASS_TOKENS[feature.token]]
     patches = unnormalised if feature.avgpool == MEAN else layers[-1]
     mean = patches[:, num_prefix_tokens:].mean(dim=1)

@@ -24,7 +24,7 @@ from evaluation.linear_run import (
     save,
     sweep_recipes,
 )
-from evaluation.network import chosen_features, network_from_options
+from evaluation.network import chosen_features, network_from_options, within_depth
 from evaluation.run import labelled_batches, means_over_images, tell_replaced, tell_unreadable, training_pieces
 from evaluation.sets import Sets, crop_and_resize, open_train_and_test
 from models.safe_load import load_file
@@ -180,7 +180,7 @@ def given_head(run: LinearRun) -> tuple[Path, Feature, torch.Tensor, torch.Tenso
     if "tutelage" in file and "heads" in file["tutelage"]:
         recorded = file["tutelage"]["heads"][number]
         feature = Feature(recorded["n_last_blocks"], recorded["avgpool_patchtokens"], recorded.get("class_token", CLS))
-        return path, feature, *heads[number]
+        return path, *within_depth(run.network, [feature]), *heads[number]
     if len(run.features) > 1:
         raise UsageError(
             "--evaluate: pass the one --n_last_blocks, --avgpool_patchtokens and --class_token of this head"

@@ -43,7 +43,7 @@ def add_feature_arguments(parser: argparse._ActionsContainer, n_last_blocks: int
         several_values = {"nargs": "+", "default": [default]} if several else {"default": default}
         parser.add_argument(name, **options, **several_values)
 
-    add("--n_last_blocks", n_last_blocks, type=int, help="class tokens of so many last blocks")
+    add("--n_last_blocks", n_last_blocks, type=int, help="class tokens of so many last blocks, or of all there are")
     means = (
         "0: no patch tokens; 1: only their mean, before the norm; 2: their mean as well; interleaved: as DINO's true"
     )
@@ -54,7 +54,10 @@ def add_feature_arguments(parser: argparse._ActionsContainer, n_last_blocks: int
 def chosen_features(
     network: Network, n_last_blocks: Sequence[int], poolings: Sequence[str], tokens: Sequence[str] = (CLS,)
 ) -> list[Feature]:
-    """Every combination that differs from the others. Raises UsageError for what ``network`` does not have."""
+    """Every combination that differs from the others. Raises UsageError for what ``network`` does not have.
+
+    More blocks than it has are all it has.
+    """
     combinations = itertools.product(n_last_blocks, poolings, tokens)
     features = [Feature(1, p) if p == MEAN else Feature(n, p, token) for n, p, token in combinations]
     features = list(dict.fromkeys(features))
@@ -82,9 +85,17 @@ def chosen_features(
                 f"{network.label}: only its pooled output can be taken; pass --n_last_blocks 1 --avgpool_patchtokens 0"
             )
         log.info(f"{network.label}: its pooled output is taken")
-    elif max(n_last_blocks) > len(model.blocks):
-        raise UsageError(f"--n_last_blocks {max(n_last_blocks)}: {network.label} has {len(model.blocks)} blocks")
-    return features
+        return features
+    return within_depth(network, features)
+
+
+def within_depth(network: Network, features: Sequence[Feature]) -> list[Feature]:
+    """The same features, of all blocks where they ask for more than a transformer of ours has; the log says so."""
+    most = max(feature.n_last_blocks for feature in features)
+    depth = len(network.model.blocks) if hasattr(network.model, "get_intermediate_layers") else most
+    if most > depth:
+        log.info(f"--n_last_blocks {most}: {network.label} has {depth} blocks, and all of them are taken")
+    return list(dict.fromkeys(f._replace(n_last_blocks=min(f.n_last_blocks, depth)) for f in features))
 
 
 def add_process_arguments(parser: argparse._ActionsContainer) -> None:

@@ -122,6 +122,17 @@ def test_networks_below_prefixes_are_evaluated_by_name(evaluate, tmp_path):
     assert own["numbers"] == results[0]["numbers"] == results[1]["numbers"]
 
 
+def test_more_blocks_than_there_are_is_all_of_them(evaluate, tmp_path):
+    network = ("--pretrained_weights", micro(tmp_path), "--crop_size", 32, "--nb_knn", 3, "--n_last_blocks")
+    results = []
+    for blocks in (4, 9):
+        code, said, error = evaluate(*network, blocks)
+        assert code == 0, error
+        assert ("--n_last_blocks 9: vit_micro/8 has 4 blocks, and all of them are taken" in said) == (blocks == 9)
+        results.append(json.loads((tmp_path / "out" / "eval_knn.json").read_text()))
+    assert results[0] == results[1]
+
+
 def test_without_weights_it_says_loudly_that_they_are_random(evaluate, tmp_path):
     code, said, _ = evaluate("--arch", "vit_micro", "--patch_size", 16, "--crop_size", 32)
     assert code == 0 and "RANDOM WEIGHTS" in said
@@ -226,7 +237,6 @@ def test_of_two_class_tokens_any_may_be_asked(evaluate, tmp_path):
         (["--num_workers", "-1"], ["--num_workers -1"]),
         (["--patch_size", "15"], ["--patch_size 15"]),
         (["--arch", "vit_smal"], ["vit_smal", "did you mean vit_small"]),
-        (["--n_last_blocks", "9"], ["--n_last_blocks 9", "4 blocks"]),
         (["--class_token", "cls+"], ["--class_token cls+: vit_micro/16 has no second class token"]),
         (["--class_token", "both", "--avgpool_patchtokens", "1"], ["--class_token both"]),
         (["--arch", "resnet18", "--class_token", "both"], ["--class_token both: resnet18 has no"]),

@@ -259,7 +259,6 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         (["--lr", "0.1", "--sweep_lr_only"], ["--sweep_lr_only", "--lr"]),
         (["--avgpool_patchtokens", "3"], ["--avgpool_patchtokens", "'3'", "interleaved"]),
         (["--avgpool_patchtokens", "true"], ["--n_last_blocks 4", "interleaved", "--n_last_blocks 1"]),
-        (["--n_last_blocks", "5"], ["--n_last_blocks 5", "4 blocks"]),
         (["--n_last_blocks", "0"], ["--n_last_blocks 0"]),
         (["--class_token", "cls", "both"], ["--class_token both: vit_micro/16 has no second class token"]),
         (["--epochs", "0"], ["--epochs 0"]),
@@ -308,6 +307,20 @@ def test_a_published_head_of_dino_is_tested(probe, tmp_path):
     assert probe(*options, "--n_last_blocks", 1, 2)[0] == 2
     code, _, error = probe(*options, "--n_last_blocks", 2, "--num_labels", 7)
     assert code == 2 and "10 classes" in error
+
+
+def test_more_blocks_than_there_are_is_all_of_them_also_of_a_head_that_is_loaded(probe, tmp_path):
+    options = ("--pretrained_weights", micro(tmp_path), "--lr", 0.2, "--epochs", 1)
+    code, said, error = probe(*options, "--n_last_blocks", 4, 9, 7)
+    assert code == 0, error
+    assert "linear heads: 1, on class token of the last 4 blocks" in said
+    assert said.count("--n_last_blocks 9: vit_micro/8 has 4 blocks, and all of them are taken") == 1
+    file = saved(tmp_path / "out", "checkpoint_teacher_linear.pth")
+    file["tutelage"]["heads"][0]["n_last_blocks"] = 12  # of a deeper network that was cut
+    torch.save(file, tmp_path / "deep.pth")
+    code, said, error = probe(*options[:2], "--evaluate", "--pretrained_linear", tmp_path / "deep.pth")
+    assert code == 0 and f"Top-1 test accuracy: {file['best_acc']:.1f}" in said, error
+    assert "--n_last_blocks 12: vit_micro/8 has 4 blocks" in said
 
 
 def test_an_unreadable_training_image_is_replaced_and_counted(probe, monkeypatch, tmp_path):

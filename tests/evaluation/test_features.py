@@ -151,6 +151,14 @@ def test_several_features_of_one_pass_are_those_of_their_own_passes(double):
     torch.testing.assert_close(Feature(1, "1")(model, images), tokens[:, 2:].mean(dim=1))
 
 
+def test_more_blocks_than_there_are_is_all_of_them(double):
+    model, images = small().eval(), torch.randn(2, 3, 32, 32)
+    for pooling in ("0", "2"):
+        assert torch.equal(Feature(9, pooling)(model, images), Feature(3, pooling)(model, images))
+    together = token_features(model, images, [Feature(9), Feature(1), Feature(2)])
+    assert [found.shape[1] for found in together] == [36, 12, 24]
+
+
 def test_blocks_may_differ_in_width_and_tokens_as_those_of_a_swin_do():
     class Stages(nn.Module):
         num_prefix_tokens = 1
