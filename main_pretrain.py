@@ -188,7 +188,7 @@ def train(run: Run, knn: OnlineKNN) -> None:
         if knn.due(epoch):
             save(run, epoch, run.niter)  # every step is done: a run that dies in the test begins with the test
             results = knn()
-        run.monitor.end_epoch(epoch, results)
+        run.monitor.end_epoch(epoch, results, knn.unreadable)
         save(run, epoch + 1, 0, numbered=epoch % args.saveckp_freq == 0)
     run.monitor.close()
     log.info("training took %.1f minutes", (time.monotonic() - began) / 60)

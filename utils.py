@@ -92,6 +92,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def all_gather_objects(value) -> list:
+    """What every process has, in the order of their ranks. For small things: it waits for the device."""
+    values = [value]
+    if world_size() > 1:
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def usable_cpus() -> int:
     """Processors this process may use: what a container or ``taskset`` grants, not what the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

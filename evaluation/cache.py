@@ -11,8 +11,9 @@ from utils import UsageError, log, save_atomically, save_torch
 class FeatureCache:
     """Normalised features of a train and a test set in a folder, in DINO's files, and a key of all that shapes them.
 
-    The key is any flat dict: weights, architecture, preprocessing, lists of images, kind of feature. Features are
-    given back only where the whole key is the same.
+    The key is any flat dict: weights, architecture, preprocessing, lists of images, kind of feature, and under
+    "unreadable", where there are such, the images of these lists that have no row. Features are given back only where
+    the whole key is the same.
     """
 
     PARTS = ("trainfeat", "testfeat", "trainlabels", "testlabels")
@@ -32,6 +33,14 @@ class FeatureCache:
             return f"features.json cannot be read ({error})"
         differing = [name for name in {**stored, **key} if stored.get(name) != key.get(name)]
         return "; ".join(f"{n} is {_brief(stored.get(n))} there and {_brief(key.get(n))} here" for n in differing)
+
+    def unreadable(self) -> dict[str, list[int]]:
+        """Indices of the images of "train" and "test" without a row, as the key in the folder tells them."""
+        try:
+            noted = json.loads((self.folder / "features.json").read_text()).get("unreadable", {})
+            return {part: [int(index) for index in noted.get(part, ())] for part in ("train", "test")}
+        except (OSError, ValueError, TypeError, AttributeError):  # ``difference`` says what is wrong with it
+            return {"train": [], "test": []}
 
     def load(self, key: dict) -> tuple[torch.Tensor, ...] | None:
         """(train features, test features, train labels, test labels), or None; the log says which and why."""

@@ -1,7 +1,8 @@
 """Frozen features: of which network, which part of its output, of which images; extracted once for every evaluation.
 
-Row i of a feature matrix belongs to image i of its source, whatever the number of processes: each takes every
-world-th image, rows are placed by index, and a missing or doubled row is an error. No metric in here.
+Row i of a feature matrix belongs to the i-th readable image of its source, whatever the number of processes: each takes
+every world-th image, rows are placed by index, and a missing or doubled row is an error. Images that cannot be read
+have no row, and are told beside the features. No metric in here.
 """
 
 import contextlib
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from data.datasets import BadImage, Source
+from evaluation.unreadable import Unreadable
 from models.vit import VisionTransformer
-from utils import UsageError, World, log, usable_cpus
+from utils import World, all_gather_objects, log, usable_cpus
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which feature: pure functions (network, images (batch, 3, height, width)) -> (batch, width of the feature)
@@ -136,34 +138,43 @@ def extract_features(
     num_workers: int = 10,
     device: torch.device,
     feature: Callable[[Callable, torch.Tensor], torch.Tensor] = class_token,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``feature(model_fn, images)`` of every image: features (images, dim) float32 and labels (images,), on the CPU.
+) -> tuple[torch.Tensor, list[Unreadable]]:
+    """``feature(model_fn, images)`` of every image that can be read, and the images that cannot, both in order.
 
-    ``transform``: PIL RGB -> (3, height, width). A network runs in evaluation mode without gradients and is left in
-    the mode it was in. Every process returns everything. Raises UsageError when an image cannot be read.
+    Features (images, dim) float32, on the CPU; ``readable`` of evaluation/unreadable.py tells which images they are
+    of. ``transform``: PIL RGB -> (3, height, width). A network runs in evaluation mode without gradients and is left in
+    the mode it was in. Every process returns everything.
     """
     local, found, done = torch.empty(0, 0), [torch.empty(0, dtype=torch.long)], 0
+    unreadable: list[Unreadable] = []
     progress = _Progress(source, world)
     options = {"world": world, "batch_size": batch_size, "num_workers": num_workers, "device": device}
     with evaluating(model_fn), torch.no_grad():
-        for indices, images in batches(source, transform, **options):
+        for indices, images in batches(source, transform, **options, unreadable=unreadable):
             rows = feature(model_fn, images)
             if not done:
                 local = torch.empty(len(range(world.rank, len(source), world.size)), rows.shape[1])
             local[done : done + len(rows)] = rows.float()
             done += len(rows)
             found.append(indices)
-            progress.report(len(rows))
-    features = gather_rows(local[:done], torch.cat(found), len(source), world)
-    return features, labels_of(source)
+            progress.report(done + len(unreadable))
+    absent = [image.index for image in unreadable]
+    return gather_rows(local[:done], torch.cat(found), len(source), world, absent), unreadable
 
 
 def batches(
-    source: Source, transform: Callable, *, world: World, batch_size: int, num_workers: int, device: torch.device
+    source: Source,
+    transform: Callable,
+    *,
+    world: World,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    unreadable: list[Unreadable],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """This process's share of the images, in order: indices (batch,) on the CPU, transformed images on ``device``.
 
-    Raises UsageError, in all processes, when one cannot read an image.
+    Images that cannot be read are put into ``unreadable`` instead; at the end it holds those of all processes.
     """
     indices = range(world.rank, len(source), world.size)
     loader = DataLoader(
@@ -173,12 +184,11 @@ def batches(
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
     )
-    problem = ""
-    for batch_indices, images, problem in loader:
-        if problem:
-            break
-        yield batch_indices, images.to(device, non_blocking=True)
-    _agree_that_nothing_is_wrong(problem, source, world)
+    for batch_indices, images, bad in loader:
+        unreadable += [Unreadable(*image) for image in bad]
+        if images is not None:
+            yield batch_indices, images.to(device, non_blocking=True)
+    unreadable[:] = sorted(image for part in all_gather_objects(unreadable) for image in part)
 
 
 def labels_of(source: Source) -> torch.Tensor:
@@ -187,7 +197,7 @@ def labels_of(source: Source) -> torch.Tensor:
 
 
 class _Images(Dataset):
-    """The images ``indices`` of a source, transformed; an unreadable one is returned as the reason why."""
+    """The images ``indices`` of a source, transformed; an unreadable one is returned as an Unreadable."""
 
     def __init__(self, source: Source, transform: Callable, indices: range):
         self.source, self.transform, self.indices = source, transform, indices
@@ -195,18 +205,22 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[int, torch.Tensor | None, str]:
+    def __getitem__(self, position: int) -> tuple[int, torch.Tensor] | Unreadable:
         index = self.indices[position]
         try:
-            return index, self.transform(self.source.pil(index)), ""
+            return index, self.transform(self.source.pil(index))
         except BadImage as error:
-            return index, None, f"{error.name}: {error.reason}"
+            return Unreadable(index, error.name, error.reason)
 
 
-def _collate(items: list[tuple[int, torch.Tensor | None, str]]) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-    problem = next((reason for _, _, reason in items if reason), "")
-    images = None if problem else torch.stack([image for _, image, _ in items])
-    return torch.tensor([index for index, _, _ in items]), images, problem
+def _collate(
+    items: list[tuple[int, torch.Tensor] | Unreadable],
+) -> tuple[torch.Tensor, torch.Tensor | None, list[Unreadable]]:
+    """Indices and images of those that could be read (None when none could), and the others."""
+    bad = [item for item in items if isinstance(item, Unreadable)]
+    good = [item for item in items if not isinstance(item, Unreadable)]
+    images = torch.stack([image for _, image in good]) if good else None
+    return torch.tensor([index for index, _ in good], dtype=torch.long), images, bad
 
 
 class _Progress:
@@ -217,7 +231,8 @@ class _Progress:
         self.done, self.start, self.last = 0, time.monotonic(), time.monotonic()
 
     def report(self, images: int) -> None:
-        self.done = min(self.done + images * self.world.size, len(self.source))
+        """``images``: seen by this process so far."""
+        self.done = min(images * self.world.size, len(self.source))
         now = time.monotonic()
         if now - self.last >= LINES_EVERY or self.done == len(self.source):
             rate = self.done / max(now - self.start, 1e-9)
@@ -238,36 +253,34 @@ def evaluating(model: Callable) -> Iterator[None]:
             module.training = mode
 
 
-def _agree_that_nothing_is_wrong(problem: str, source: Source, world: World) -> None:
-    """All processes raise when one could not read an image; a process alone would leave the others waiting."""
-    problems = [problem]
-    if world.size > 1:
-        problems = [""] * world.size
-        dist.all_gather_object(problems, problem)
-    if problem := next(filter(None, problems), ""):
-        raise UsageError(f"{source.name}: cannot read {problem}; mend or remove that image")
+def gather_rows(
+    local: torch.Tensor, indices: torch.Tensor, total: int, world: World, absent: Sequence[int] = ()
+) -> torch.Tensor:
+    """Rows (rows, dim) of every process, with the indices they belong to, as one matrix on each; in pieces.
 
-
-def gather_rows(local: torch.Tensor, indices: torch.Tensor, total: int, world: World) -> torch.Tensor:
-    """Rows (rows, dim) of every process, with the indices they belong to, as (total, dim) on each; in pieces.
-
-    Raises RuntimeError when an index in [0, total) has no row, or more than one.
+    The matrix has a row for every index in [0, total) but those that are ``absent``, in order. Raises RuntimeError when
+    an index has no row, or more than one, or one although it is absent.
     """
     dim = torch.tensor([local.shape[1], local.shape[0]], device=world.device)
     if world.size > 1:
         dist.all_reduce(dim, op=dist.ReduceOp.MAX)
     dim, longest = dim.tolist()
-    features, counts = torch.zeros(total, dim), torch.zeros(total, dtype=torch.long)
+    wanted = torch.ones(total, dtype=torch.long)
+    wanted[list(absent)] = 0
+    row_of = wanted.cumsum(0).sub_(1).clamp_(min=0)
+    features, counts = torch.zeros(int(wanted.sum()), dim), torch.zeros(total, dtype=torch.long)
     for start in range(0, longest, GATHER_ROWS):
         part, where = local[start : start + GATHER_ROWS], indices[start : start + GATHER_ROWS]
         if world.size > 1:
             part, where = _all_gather(part, where, min(GATHER_ROWS, longest - start), dim, world)
-        features[where] = part
         counts += torch.bincount(where, minlength=total)
-    if (counts != 1).any():
-        missing, doubled = (counts == 0).nonzero().flatten().tolist(), (counts > 1).nonzero().flatten().tolist()
-        parts = [f"{kind} {_shortened(rows)}" for kind, rows in (("missing", missing), ("doubled", doubled)) if rows]
-        raise RuntimeError(f"extracted {total - len(missing)} of {total} images; " + "; ".join(parts))
+        features[row_of[where]] = part
+    if (counts != wanted).any():
+        kinds = {"missing": counts < wanted, "doubled": counts > wanted}
+        parts = [
+            f"{kind} {_shortened(rows.nonzero().flatten().tolist())}" for kind, rows in kinds.items() if rows.any()
+        ]
+        raise RuntimeError(f"extracted {int((counts > 0).sum())} of {int(wanted.sum())} images; " + "; ".join(parts))
     return features
 
 

@@ -16,7 +16,7 @@ from data.preprocess import MEAN, STD, eval_transform
 from evaluation.finetune_network import build_network
 from evaluation.finetune_run import FinetuneRun, load_to_test, open_writer, resume, save, write_scalars
 from evaluation.finetune_steps import Stepper, drop_path_draws, mix, seed_dropout, smoothed, soft_cross_entropy
-from evaluation.run import labelled_batches, means_over_images, tell_replaced, tell_unreadable, training_pieces
+from evaluation.run import labelled_batches, means_over_images, tell_replaced, tested_or_saved, training_pieces
 from models.checkpoints import weights_hash
 from models.finetuned import layer_decay_groups
 from utils import UsageError, World, all_reduce_sum, autocast, batch_dtype, cosine_scheduler, log
@@ -110,19 +110,27 @@ def train(run: FinetuneRun) -> None:
     args = run.args
     start, lines = resume(run)
     _, pieces = training_pieces(run, train_views(args, run.sets.crop_size), start, pieces=args.update_freq)
-    if start < args.epochs:
+    if start < args.epochs or run.untested is not None:
         open_writer(run, start)
+    if run.untested is not None:
+        end_epoch(run, start - 1, run.untested, lines)
     for epoch in range(start, args.epochs):
-        line = train_one_epoch(run, pieces, epoch)
-        improved = False
-        if not args.disable_eval_during_finetuning or epoch == args.epochs - 1:
-            improved = judge(run, epoch, test(run))
-            line |= {f"test_{name}": value for name, value in run.last.items()}
-            write_scalars(run, (epoch + 1) * run.niter, {f"perf/test_{name}": run.last[name] for name in run.last})
-        lines.append(line | {"epoch": epoch, "n_parameters": run.n_parameters})
-        save(run, epoch, lines, is_best=improved)
+        end_epoch(run, epoch, train_one_epoch(run, pieces, epoch), lines)
     if run.writer is not None:
         run.writer.close()
+
+
+def end_epoch(run: FinetuneRun, epoch: int, line: dict, lines: list[dict]) -> None:
+    """Test where it is time, add the epoch's ``line`` to those of log.txt, and save."""
+    improved = False
+    if not run.args.disable_eval_during_finetuning or epoch == run.args.epochs - 1:
+        run.untested = line
+        tested = tested_or_saved(lambda: test(run), lambda: save(run, epoch, lines, is_best=False))
+        run.untested, improved = None, judge(run, epoch, tested)
+        line = line | {f"test_{name}": value for name, value in run.last.items()}
+        write_scalars(run, (epoch + 1) * run.niter, {f"perf/test_{name}": run.last[name] for name in run.last})
+    lines.append(line | {"epoch": epoch, "n_parameters": run.n_parameters})
+    save(run, epoch, lines, is_best=improved)
 
 
 def train_one_epoch(run: FinetuneRun, pieces: Iterator[dict], epoch: int) -> dict:
@@ -131,6 +139,7 @@ def train_one_epoch(run: FinetuneRun, pieces: Iterator[dict], epoch: int) -> dic
     labels = run.sets.train_labels.to(device)
     run.model.train()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, correct, unreadable images, gradient norm
+    bad: dict[str, str] = {}
     since, per_step = time.monotonic(), args.batch_size_per_gpu * args.update_freq * run.world.size
     for step in range(run.niter):
         iteration, step_loss = epoch * run.niter + step, 0.0
@@ -143,7 +152,8 @@ def train_one_epoch(run: FinetuneRun, pieces: Iterator[dict], epoch: int) -> dic
                 run.stepper.backward(loss / args.update_freq)
             step_loss = step_loss + loss.detach() / args.update_freq
             totals[1] += correct
-            totals[2] += tell_unreadable(run, piece["bad"])
+            totals[2] += len(piece["bad"])
+            bad |= dict(piece["bad"])
         norm = run.stepper.step(run.lr[iteration], run.weight_decay[iteration])
         if run.ema is not None:
             run.ema.update(run.network.model)
@@ -153,7 +163,7 @@ def train_one_epoch(run: FinetuneRun, pieces: Iterator[dict], epoch: int) -> dic
             rate = (step + 1) * per_step / (time.monotonic() - since)
             show(run, epoch, step, float(step_loss), float(norm), rate)
     loss, correct, unreadable, norm = all_reduce_sum(totals).tolist()
-    tell_replaced(unreadable)
+    tell_replaced(run, bad, unreadable)
     scale, steps = 1 / (run.niter * run.world.size), epoch * run.niter + run.niter - 1
     lowest = min(group["lr_scale"] for group in run.stepper.optimizer.param_groups)
     line = {"train_lr": run.lr[steps], "train_min_lr": run.lr[steps] * lowest, "train_loss": loss * scale}
@@ -222,7 +232,7 @@ def judge(run: FinetuneRun, epoch: int, tested: dict) -> bool:
     if improved:
         run.best = {"epoch": epoch, **tested}
     log.info(
-        f"Accuracy at epoch {epoch} of the network on the {len(run.sets.test)} test images: {tested['acc1']:.1f}%; "
+        f"Accuracy at epoch {epoch} of the network on the {run.tested} test images: {tested['acc1']:.1f}%; "
         f"max accuracy so far: {run.best['acc1']:.2f}%"
     )
     return improved
@@ -233,4 +243,4 @@ def evaluate(run: FinetuneRun) -> None:
     path = load_to_test(run)
     judge(run, -1, test(run))
     run.best["epoch"] = None
-    log.info(f"{path}: {run.best['acc1']:.1f}% of {len(run.sets.test)} test images")
+    log.info(f"{path}: {run.best['acc1']:.1f}% of {run.tested} test images")

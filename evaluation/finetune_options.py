@@ -7,7 +7,7 @@ from pathlib import Path
 from data.datasets import check_subset
 from data.decode import add_reading_arguments
 from evaluation.network import add_process_arguments
-from evaluation.sets import add_path_arguments
+from evaluation.sets import SKIP_HELP, add_path_arguments
 from utils import PRECISIONS, Parser, UsageError, check_writable
 
 
@@ -104,6 +104,7 @@ def _add_data_and_results(add) -> None:
     add("--no_auto_resume", action="store_false", dest="auto_resume", help="begin anew, and replace it")
     add("--eval", action="store_true", help="train nothing, test --resume or the best of --output_dir")
     add("--dist_eval", action="store_true", help="accepted: test images are always shared, each counts once")
+    add("--skip_unreadable", action="store_true", help=SKIP_HELP)
     add("--disable_eval_during_finetuning", action="store_true", help="test after the last epoch only")
 
 

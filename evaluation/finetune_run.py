@@ -9,7 +9,8 @@ import torch.nn as nn
 
 from evaluation.finetune_steps import Stepper
 from evaluation.results import write_result
-from evaluation.run import Run, log_before, refuse_another_run, save_run
+from evaluation.run import Run, log_before, notes, refuse_another_run, save_run, take_notes
+from evaluation.unreadable import remark
 from models.safe_load import load_file
 from utils import UsageError, barrier, log, make_folder
 
@@ -19,7 +20,8 @@ LATEST, BEST = "checkpoint.pth", "checkpoint-best.pth"
 FREE = {"data_path", "eval_data_path", "data_set", "output_dir", "log_dir", "num_workers", "device", "dist_url", "eval"}
 FREE |= {"local_rank", "backend", "finetune", "checkpoint_key", "model_key", "resume", "auto_resume", "dist_eval"}
 FREE |= {"save_ckpt_freq", "batch_size_per_gpu", "update_freq", "model", "patch_size", "window_size", "input_size"}
-FREE |= {"model_ema_force_cpu", "crop_pct", "exif", "max_image_pixels"}  # the last two are in the fingerprints
+FREE |= {"model_ema_force_cpu", "crop_pct", "skip_unreadable"}
+FREE |= {"exif", "max_image_pixels"}  # they are in the fingerprints
 
 
 @dataclass(kw_only=True)
@@ -76,6 +78,7 @@ def save(run: FinetuneRun, epoch: int, lines: list[dict], is_best: bool) -> None
             "options": options_of_trajectory(run),
             "best": run.best,
             "last": run.last,
+            **notes(run),
         }
         every = max(1, int(args.save_ckpt_freq * args.epochs / 100))
         numbered = (epoch + 1) % every == 0 or epoch + 1 == args.epochs
@@ -104,6 +107,7 @@ def resume(run: FinetuneRun) -> tuple[int, list[dict]]:
     if run.ema is not None:
         run.ema.module.load_state_dict(file["model_ema"])
     run.best, run.last = file["tutelage"]["best"], file["tutelage"]["last"]
+    take_notes(run, file["tutelage"])
     start = file["epoch"] + 1
     log.info(f"continuing {path} at epoch {start} of {args.epochs}")
     return start, log_before(folder, start)
@@ -155,5 +159,5 @@ def report(run: FinetuneRun) -> None:
     numbers |= {"epoch": best["epoch"], "epochs": run.args.epochs, "last_top1": run.last["acc1"]}
     numbers["n_parameters"] = run.n_parameters
     if run.world.rank == 0:
-        write_result(run.args, "eval_finetuning", run.network, run.sets, numbers)
-    log.info(f"Max accuracy: {best['acc1']:.2f}%")
+        write_result(run.args, "eval_finetuning", run.network, run.sets, run.unreadable, numbers)
+    log.info(f"Max accuracy: {best['acc1']:.2f}%{remark(run.unreadable)}")

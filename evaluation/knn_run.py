@@ -1,13 +1,13 @@
 """k-NN of a network's features: extracted or read from a folder, classified, shown beside what it has to beat."""
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
-from data.datasets import ALL, Source
+from data.datasets import ALL, BadImage, Source
 from data.decode import reading_from
 from data.preprocess import eval_transform
 from evaluation.baselines import BINS, RAW_SIDE, colour_histogram, raw_pixels
@@ -26,13 +26,17 @@ from evaluation.knn import (
 from evaluation.network import chosen_features, network_from_options, untrained
 from evaluation.results import write_result
 from evaluation.sets import Sets, crop_and_resize, open_train_and_test
+from evaluation.unreadable import Unreadable, leave_out, readable, refuse, remark
 from models.checkpoints import Network, weights_hash
 from utils import UsageError, World, all_reduce_sum, log
 
 
 @dataclass
 class KnnRun:
-    """With --subset the bank holds what all --subset_starts need; ``rows``: for every start the rows of its images."""
+    """With --subset the bank holds what all --subset_starts need; ``rows``: for every start the rows of its images.
+
+    ``unreadable``: the images of "train" and of "test" that were left out, so that features have no row for them.
+    """
 
     args: argparse.Namespace
     world: World
@@ -40,6 +44,31 @@ class KnnRun:
     sets: Sets
     feature: Feature
     rows: dict[int, torch.Tensor | slice]
+    unreadable: dict[str, Sequence[Unreadable]] = field(default_factory=lambda: {"train": (), "test": ()})
+
+    def source(self, part: str) -> Source:
+        return {"train": self.sets.train, "test": self.sets.test}[part]
+
+    def labels(self, part: str) -> torch.Tensor:
+        """Of the images that have a row."""
+        labels = {"train": self.sets.train_labels, "test": self.sets.test_labels}[part]
+        return labels[readable(len(labels), self.unreadable[part])]
+
+    def bank(self, start: int) -> torch.Tensor | slice:
+        """The rows of the images of ``start``, among those that have one. Raises UsageError when none has."""
+        if isinstance(self.rows[start], slice):
+            return self.rows[start]
+        row_of = torch.full((len(self.sets.train),), -1)
+        known = readable(len(row_of), self.unreadable["train"])
+        row_of[known] = torch.arange(len(known))
+        rows = row_of[self.rows[start]]
+        if (rows < 0).all():
+            raise UsageError(f"{self.sets.train.name}: none of the images from {start} on can be read")
+        return rows[rows >= 0]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {part: len(images) for part, images in self.unreadable.items()}
 
 
 def build_run(args: argparse.Namespace, world: World) -> KnnRun:
@@ -64,21 +93,22 @@ def evaluate(args: argparse.Namespace, world: World, append: bool) -> None:
     run = build_run(args, world)
     rows = baseline_accuracies(run) if args.baselines else {}
     runs = classify(run, *network_features(run))
-    show(runs)
+    show(run, runs)
     if args.baselines:
         name = f"{run.network.label}, {args.pretrained_weights or 'random weights'}"
         log.info("k-NN top-1 in percent\n" + table(rows | {name: mean_accuracies(runs)}, args.nb_knn))
     if world.rank == 0:
         numbers = runs_as_numbers(runs)
         numbers |= {"baselines": {name: as_numbers(row) for name, row in rows.items()}} if rows else {}
-        write_result(args, "eval_knn", run.network, run.sets, numbers, append)
+        write_result(args, "eval_knn", run.network, run.sets, run.counts, numbers, append)
 
 
-def show(runs: dict[int, Accuracies]) -> None:
+def show(run: KnnRun, runs: dict[int, Accuracies]) -> None:
     for start, accuracies in runs.items():
         where = f"from image {start} on: " if len(runs) > 1 else ""
         for k, (top1, top5) in accuracies.items():
-            log.info(f"{where}{k}-NN classifier result: Top1: {top1}" + f", Top5: {top5}" * (k > 1))
+            result = f"{where}{k}-NN classifier result: Top1: {top1}" + f", Top5: {top5}" * (k > 1)
+            log.info(result + remark(run.counts))
     if len(runs) > 1:
         for k, (top1, _) in mean_accuracies(runs).items():
             log.info(
@@ -86,11 +116,16 @@ def show(runs: dict[int, Accuracies]) -> None:
             )
 
 
-def extract(run: KnnRun, model: torch.nn.Module, source: Source, feature: Callable) -> torch.Tensor:
+def extract(run: KnnRun, model: torch.nn.Module, feature: Callable) -> dict[str, torch.Tensor]:
+    """Features of the "train" and "test" images that can be read: the latter first, since they may be refused."""
+    return {part: extract_part(run, model, part, feature) for part in ("test", "train")}
+
+
+def extract_part(run: KnnRun, model: torch.nn.Module, part: str, feature: Callable) -> torch.Tensor:
     args, sets = run.args, run.sets
-    features, _ = extract_features(
+    features, unreadable = extract_features(
         model,
-        source,
+        run.source(part),
         eval_transform(sets.crop_size, sets.resize_size),
         world=run.world,
         batch_size=args.batch_size_per_gpu,
@@ -98,7 +133,16 @@ def extract(run: KnnRun, model: torch.nn.Module, source: Source, feature: Callab
         device=run.world.device,
         feature=feature,
     )
+    without(run, part, unreadable)
     return features
+
+
+def without(run: KnnRun, part: str, unreadable: Sequence[Unreadable]) -> None:
+    """From here on the run does without these images. Raises UsageError when it must not."""
+    if part == "test" and not run.args.skip_unreadable:
+        refuse(run.sets.test, unreadable)
+    leave_out(run.source(part), unreadable, told=run.unreadable[part])
+    run.unreadable[part] = unreadable
 
 
 def network_features(run: KnnRun) -> list[torch.Tensor]:
@@ -106,6 +150,8 @@ def network_features(run: KnnRun) -> list[torch.Tensor]:
     args, sets, world, network = run.args, run.sets, run.world, run.network
     key = {}
     if args.load_features or args.dump_features:
+        cache = FeatureCache(args.load_features or args.dump_features)
+        still = {part: still_unreadable(run.source(part), indices) for part, indices in cache.unreadable().items()}
         key = {
             "weights": weights_hash(network.model),
             "arch": network.label,
@@ -114,33 +160,52 @@ def network_features(run: KnnRun) -> list[torch.Tensor]:
             "train": sets.train.fingerprint,
             "test": sets.test.fingerprint,
         }
-        cache = FeatureCache(args.load_features or args.dump_features)
-        stored = cache.load(key)
-        if args.load_features and stored is None:
-            why = cache.difference(key) or "a file is damaged"
-            raise UsageError(f"--load_features {args.load_features}: {why}; extract with --dump_features instead")
+        stored = cache.load(key | noted(still))
         hits = all_reduce_sum(torch.tensor([int(stored is not None)], device=world.device))
         if int(hits) == world.size:
+            for part, unreadable in still.items():
+                without(run, part, unreadable)
             return list(stored[:2])
-    features = [
-        F.normalize(extract(run, network.model, source, run.feature), dim=1) for source in (sets.train, sets.test)
-    ]
-    if not all(torch.isfinite(matrix).all() for matrix in features):
+        if args.load_features:
+            why = cache.difference(key | noted(still)) or "a file is damaged"
+            raise UsageError(f"--load_features {args.load_features}: {why}; extract with --dump_features instead")
+    features = {part: F.normalize(rows, dim=1) for part, rows in extract(run, network.model, run.feature).items()}
+    if not all(torch.isfinite(matrix).all() for matrix in features.values()):
         raise UsageError(f"{network.label}: features that are not finite numbers; its weights are damaged or diverged")
+    both = [features["train"], features["test"]]
     if args.dump_features and world.rank == 0:
-        cache.save(key, (*features, sets.train_labels, sets.test_labels))
-    return features
+        cache.save(key | noted(run.unreadable), (*both, run.labels("train"), run.labels("test")))
+    return both
+
+
+def noted(unreadable: dict[str, Sequence[Unreadable]]) -> dict:
+    """What the key of kept features says of images without a row; nothing where there are none."""
+    indices = {part: [image.index for image in images] for part, images in unreadable.items()}
+    return {"unreadable": indices} if any(indices.values()) else {}
+
+
+def still_unreadable(source: Source, indices: Sequence[int]) -> list[Unreadable]:
+    """Those of the images ``indices`` that cannot be read now either: mended ones are part of the set again."""
+    found = []
+    for index in indices:
+        try:
+            if 0 <= index < len(source):
+                source.pil(index)
+        except BadImage as error:
+            found.append(Unreadable(index, error.name, error.reason))
+    return found
 
 
 def classify(run: KnnRun, bank: torch.Tensor, queries: torch.Tensor) -> dict[int, Accuracies]:
     """For every one of --subset_starts."""
-    args, sets = run.args, run.sets
+    args = run.args
     device = run.world.device if args.use_cuda else torch.device("cpu")
-    queries, test_labels = queries.to(device), sets.test_labels.to(device)
+    queries, test_labels = queries.to(device), run.labels("test").to(device)
     results = {}
-    for start, rows in run.rows.items():
-        known, labels = bank[rows].to(device), sets.train_labels[rows].to(device)
-        options = (args.nb_knn, args.temperature, sets.classes, run.world)
+    for start in run.rows:
+        rows = run.bank(start)
+        known, labels = bank[rows].to(device), run.labels("train")[rows].to(device)
+        options = (args.nb_knn, args.temperature, run.sets.classes, run.world)
         results[start] = knn_classify(known, labels, queries, test_labels, *options)
     return results
 
@@ -153,11 +218,10 @@ def baseline_accuracies(run: KnnRun) -> dict[str, Accuracies]:
     def feature(model, images: torch.Tensor) -> torch.Tensor:
         return torch.cat((raw_pixels(images), colour_histogram(images), run.feature(model, images)), dim=1)
 
-    train, test = (extract(run, model, source, feature) for source in (sets.train, sets.test))
+    features = extract(run, model, feature)
     pixels = 3 * min(RAW_SIDE, sets.crop_size) ** 2
-    widths = [pixels, BINS**3, train.shape[1] - pixels - BINS**3]
+    widths = [pixels, BINS**3, features["train"].shape[1] - pixels - BINS**3]
     names = ("raw pixels", "colour histogram", f"untrained {network.label}")
-    return {
-        name: mean_accuracies(classify(run, bank, queries))
-        for name, bank, queries in zip(names, train.split(widths, dim=1), test.split(widths, dim=1), strict=True)
-    }
+    banks, queries = (features[part].split(widths, dim=1) for part in ("train", "test"))
+    triples = zip(names, banks, queries, strict=True)
+    return {name: mean_accuracies(classify(run, bank, tests)) for name, bank, tests in triples}

@@ -25,7 +25,7 @@ from evaluation.linear_run import (
     sweep_recipes,
 )
 from evaluation.network import chosen_features, network_from_options, within_depth
-from evaluation.run import labelled_batches, means_over_images, tell_replaced, tell_unreadable, training_pieces
+from evaluation.run import labelled_batches, means_over_images, tell_replaced, tested_or_saved, training_pieces
 from evaluation.sets import Sets, crop_and_resize, open_train_and_test
 from models.safe_load import load_file
 from utils import UsageError, World, all_reduce_sum, log
@@ -70,14 +70,21 @@ def train(run: LinearRun) -> None:
     args = run.args
     start, lines = resume(run)
     loader, pieces = training_pieces(run, LinearViews(run.sets.crop_size, args.augment), start, drop_last=False)
+    if run.untested is not None:
+        end_epoch(run, start - 1, run.untested, lines)
     for epoch in range(start, args.epochs):
-        losses = train_one_epoch(run, loader, pieces, epoch)
-        tests, improved = None, False
-        if epoch % args.val_freq == 0 or epoch == args.epochs - 1:
-            tests = test(run)
-            improved = judge(run, epoch, tests)
-        lines.append(log_line(run, epoch, losses, tests))
-        save(run, epoch + 1, lines, is_best=improved)
+        end_epoch(run, epoch, train_one_epoch(run, loader, pieces, epoch), lines)
+
+
+def end_epoch(run: LinearRun, epoch: int, losses: list[float], lines: list[dict]) -> None:
+    """Test where it is time, add the epoch's line to those of log.txt, and save."""
+    tests, improved = None, False
+    if epoch % run.args.val_freq == 0 or epoch == run.args.epochs - 1:
+        run.untested = losses
+        tests = tested_or_saved(lambda: test(run), lambda: save(run, epoch + 1, lines, is_best=False))
+        run.untested, improved = None, judge(run, epoch, tests)
+    lines.append(log_line(run, epoch, losses, tests))
+    save(run, epoch + 1, lines, is_best=improved)
 
 
 @torch.no_grad()
@@ -86,6 +93,7 @@ def train_one_epoch(run: LinearRun, loader: TrainLoader, pieces: Iterator[dict],
     factor, device = cosine_factor(epoch, run.args.epochs), run.world.device
     labels = run.sets.train_labels.to(device)
     totals = torch.zeros(len(run.probe) + 1, dtype=torch.float64, device=device)  # losses, unreadable images
+    bad: dict[str, str] = {}
     since = time.monotonic()
     for step in range(loader.niter):
         piece = next(pieces)
@@ -93,13 +101,14 @@ def train_one_epoch(run: LinearRun, loader: TrainLoader, pieces: Iterator[dict],
         targets = labels[piece["indices"]]
         losses = run.probe.train_step(features_of(run, piece), targets, images, factor)
         totals[:-1] += losses
-        totals[-1] += tell_unreadable(run, piece["bad"])
+        totals[-1] += len(piece["bad"])
+        bad |= dict(piece["bad"])
         if step % LINES_EVERY == 0 or step == loader.niter - 1:
             lowest = losses.nan_to_num(nan=math.inf).min() * images / max(1, len(targets))
             rate = (step + 1) * loader.global_batch / (time.monotonic() - since)
             log.info(f"Epoch: [{epoch}]  [{step}/{loader.niter}]  loss: {lowest:.4f}  {rate:.0f} images/s")
     *losses, unreadable = all_reduce_sum(totals).tolist()
-    tell_replaced(unreadable)
+    tell_replaced(run, bad, unreadable)
     return [loss / loader.niter for loss in losses]
 
 
@@ -128,9 +137,7 @@ def judge(run: LinearRun, epoch: int, tests: list[dict]) -> bool:
     only_lr = len(SWEEP_DECAYS) * len(SWEEP_OPTIMIZERS) if run.args.sweep_lr_only is False else 1
     run.best_acc_sweep_lr_only = max(run.best_acc_sweep_lr_only, *accuracies[::only_lr])
     head = best_head(accuracies)
-    log.info(
-        f"Accuracy at epoch {epoch} of the network on the {len(run.sets.test)} test images: {accuracies[head]:.1f}%"
-    )
+    log.info(f"Accuracy at epoch {epoch} of the network on the {run.tested} test images: {accuracies[head]:.1f}%")
     improved = run.best is None or accuracies[head] >= run.best["acc1"]
     if improved:
         run.best = {"head": head, "epoch": epoch, **tests[head]}
@@ -160,7 +167,7 @@ def evaluate(run: LinearRun) -> None:
     run.probe = Probe([LinearHeads(weight[None].to(device), bias[None].to(device), run.recipes)])
     log.info(f"{path}: a linear head on the {feature}")
     (run.best,) = test(run)
-    log.info(f"Accuracy of the network on the {len(run.sets.test)} test images: {run.best['acc1']:.1f}%")
+    log.info(f"Accuracy of the network on the {run.tested} test images: {run.best['acc1']:.1f}%")
 
 
 def given_head(run: LinearRun) -> tuple[Path, Feature, torch.Tensor, torch.Tensor]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from evaluation.features import CLS, Feature
 from evaluation.linear_heads import Probe, Recipe, best_head, cosine_factor, restore_heads, saved_heads
 from evaluation.results import write_result
-from evaluation.run import Run, log_before, refuse_another_run, save_run
+from evaluation.run import Run, log_before, notes, refuse_another_run, save_run, take_notes
+from evaluation.unreadable import remark
 from models.checkpoints import weights_hash
 from models.safe_load import load_file
 from utils import barrier, log
@@ -107,6 +108,7 @@ def save(run: LinearRun, epoch: int, lines: list[dict], is_best: bool) -> None:
             file |= {"best_acc_hidx": run.best["head"], "best_acc_sweep_lr_only": run.best_acc_sweep_lr_only}
         names = ("best", "best_acc_sweep_lr_only", "peaks", "heads")
         file["tutelage"] = {"options": options_of_trajectory(run), **{name: getattr(run, name) for name in names}}
+        file["tutelage"] |= notes(run)
         save_run(folder, lines, file, [best_path(run.args).name] * is_best + [LATEST])
     barrier()
 
@@ -125,6 +127,7 @@ def resume(run: LinearRun) -> tuple[int, list[dict]]:
         refuse_another_run(path, record["options"], options_of_trajectory(run), OTHER_HEADS)
         run.best, run.peaks = record["best"], record["peaks"]
         run.best_acc_sweep_lr_only = record["best_acc_sweep_lr_only"]
+        take_notes(run, record)
     else:
         log.warning(f"warning: {path} was written by the original code; its options and data are not checked")
     epoch = restore_heads(run.probe, file, path)
@@ -133,7 +136,7 @@ def resume(run: LinearRun) -> tuple[int, list[dict]]:
         run.best_acc_sweep_lr_only = file.get("best_acc_sweep_lr_only", 0.0)
         run.peaks = [file["best_acc"] * (head == run.best["head"]) for head in range(len(run.probe))]
     log.info(f"continuing {path} at epoch {epoch} of {run.args.epochs}")
-    return epoch, log_before(folder, epoch)
+    return epoch, log_before(folder, epoch)  # the line of an untested epoch is not there yet
 
 
 def report(run: LinearRun) -> None:
@@ -147,8 +150,8 @@ def report(run: LinearRun) -> None:
         numbers |= {"epoch": best["epoch"], "head": run.heads[best["head"]], "epochs": run.args.epochs}
         numbers["heads"] = [head | {"top1": peak} for head, peak in peaks]
     if run.world.rank == 0:
-        write_result(run.args, "eval_linear", run.network, run.sets, numbers)
-    log.info(f"Top-1 test accuracy: {best['acc1']:.1f}")
+        write_result(run.args, "eval_linear", run.network, run.sets, run.unreadable, numbers)
+    log.info(f"Top-1 test accuracy: {best['acc1']:.1f}{remark(run.unreadable)}")
 
 
 def table(run: LinearRun) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from evaluation.sets import Sets
@@ -10,10 +11,17 @@ from utils import UsageError, log, make_folder, save_atomically
 
 
 def write_result(
-    args: argparse.Namespace, evaluation: str, network: Network, sets: Sets, numbers: dict, append: bool = False
+    args: argparse.Namespace,
+    evaluation: str,
+    network: Network,
+    sets: Sets,
+    unreadable: Mapping[str, int],
+    numbers: dict,
+    append: bool = False,
 ) -> Path:
     """``<--output_dir>/<evaluation>.json``: one line, with the same fields in every evaluation.
 
+    ``unreadable``: how many images of "train" and of "test" could not be read.
     ``append``: after the lines that are there, of further networks of the same command.
     """
     info = network.report.info if network.report else None
@@ -23,6 +31,7 @@ def write_result(
         "checkpoint_key": (info.prefix.removesuffix(".") or info.key or args.checkpoint_key) if info else None,
         "arch": network.label,
         "data": sets.data,
+        "unreadable": dict(unreadable),
         "numbers": numbers,
     }
     path = Path(args.output_dir) / f"{evaluation}.json"

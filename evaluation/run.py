@@ -11,8 +11,9 @@ import torch
 from data.loader import TrainLoader, to_device_ahead
 from evaluation.features import batches
 from evaluation.sets import Sets
+from evaluation.unreadable import NAMED, Unreadable, UnreadableImages, leave_out, named, refuse
 from models.checkpoints import Network
-from utils import UsageError, World, all_reduce_sum, log, save_atomically, save_torch
+from utils import UsageError, World, all_gather_objects, all_reduce_sum, log, save_atomically, save_torch
 
 
 @dataclass(kw_only=True)
@@ -24,7 +25,18 @@ class Run:
     network: Network
     sets: Sets
     best: dict | None = None  # epoch and test of the highest accuracy so far
-    unreadable: set[str] = field(default_factory=set)  # names of training images that were told
+    replaced: dict[str, str] = field(default_factory=dict)  # training images that cannot be read: name -> reason
+    left_out: list[Unreadable] = field(default_factory=list)  # test images that could not be read in the last test
+    untested: object = None  # what the last epoch found in training, where its test was refused
+
+    @property
+    def tested(self) -> int:
+        """Test images that the accuracy is of."""
+        return len(self.sets.test) - len(self.left_out)
+
+    @property
+    def unreadable(self) -> dict[str, int]:
+        return {"train": len(self.replaced), "test": len(self.left_out)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,33 +64,52 @@ def training_pieces(
     return loader, to_device_ahead(loader, run.world.device) if start < args.epochs else iter(())
 
 
-def tell_unreadable(run: Run, bad: list[tuple[str, str]]) -> int:
-    """Say of every image once why it could not be read; how many there are."""
-    for name, reason in bad:
-        if name not in run.unreadable:
-            log.warning(f"warning: {name}: {reason}")
-            run.unreadable.add(name)
-    return len(bad)
+def tell_replaced(run: Run, bad: dict[str, str], times: float) -> None:
+    """At the end of an epoch: name what any process could not read (name -> reason), once in a run, and count it.
 
-
-def tell_replaced(times: float) -> None:
-    if times:
-        log.warning(f"warning: {times:.0f} times an image could not be read and another one took its place")
+    ``times``: how often, over all processes.
+    """
+    if not times:
+        return
+    new = {name: reason for part in all_gather_objects(bad) for name, reason in part.items()}
+    new = {name: new[name] for name in sorted(new.keys() - run.replaced.keys())}
+    if new:
+        show = max(0, NAMED - len(run.replaced))
+        names = named(new.items(), show)
+        log.warning(f"warning: {run.sets.train.name}: {len(new)} of its images cannot be read: {names}")
+        run.replaced |= new
+    log.warning(f"warning: {times:.0f} times an image could not be read and another one took its place")
 
 
 def labelled_batches(run: Run, transform: Callable, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This process's share of the test images, and their labels, on the device."""
-    sets, device = run.sets, run.world.device
+    """This process's share of the test images, and their labels, on the device; without those that cannot be read.
+
+    At the end these are known: ``run.left_out``. Raises UnreadableImages, unless --skip_unreadable.
+    """
+    sets, device, unreadable = run.sets, run.world.device, []
     options = {"batch_size": batch_size, "num_workers": run.args.num_workers, "device": device}
-    for indices, images in batches(sets.test, transform, world=run.world, **options):
+    for indices, images in batches(sets.test, transform, world=run.world, **options, unreadable=unreadable):
         yield images, sets.test_labels[indices].to(device)
+    if not run.args.skip_unreadable:
+        refuse(sets.test, unreadable)
+    leave_out(sets.test, unreadable, told=run.left_out)
+    run.left_out = unreadable
+
+
+def tested_or_saved(test: Callable[[], object], save: Callable[[], None]) -> object:
+    """What ``test`` finds. Where it refuses the test images, the epoch it follows is saved, so that it is not lost."""
+    try:
+        return test()
+    except UnreadableImages as error:
+        save()
+        raise UnreadableImages(f"{error}: the epoch is saved, and the same command goes on with its test") from None
 
 
 def means_over_images(run: Run, sums: torch.Tensor) -> dict:
     """From sums over this process's images of loss, true class first, and among the first five (a row each): their
-    means over all images, shares in percent. Of less than five classes there is no acc5.
+    means over all that can be read, shares in percent. Of less than five classes there is no acc5.
     """
-    loss, first, five = (all_reduce_sum(sums) / len(run.sets.test)).unbind()
+    loss, first, five = (all_reduce_sum(sums) / run.tested).unbind()
     return {"loss": loss, "acc1": 100 * first} | ({"acc5": 100 * five} if run.sets.classes >= 5 else {})
 
 
@@ -98,6 +129,21 @@ def save_run(folder: Path, lines: Sequence[dict], file: dict, names: Sequence[st
             save_torch(file, folder / name)
     except OSError as error:
         raise UsageError(f"--output_dir {folder}: cannot save ({error.strerror or error}); free some space") from None
+
+
+def notes(run: Run) -> dict:
+    """Of ``run``, for its file: what could not be read, and the epoch whose test is still due."""
+    return {
+        "untested": run.untested,
+        "replaced": dict(run.replaced),
+        "left_out": [list(image) for image in run.left_out],
+    }
+
+
+def take_notes(run: Run, record: dict) -> None:
+    """The reverse; files of before have none."""
+    run.untested, run.replaced = record.get("untested"), dict(record.get("replaced", {}))
+    run.left_out = [Unreadable(*image) for image in record.get("left_out", ())]
 
 
 def log_before(folder: Path, epoch: int) -> list[dict]:

@@ -12,6 +12,8 @@ from evaluation.features import labels_of
 from models.checkpoints import Network
 from utils import UsageError, check_writable, escape
 
+SKIP_HELP = "leave out test images that cannot be read, and count them; left out: they are refused by their names"
+
 
 def add_data_arguments(parser: argparse._ActionsContainer) -> None:
     """The options by which evaluations on a train and a test set are told what to look at it with."""
@@ -23,6 +25,7 @@ def add_data_arguments(parser: argparse._ActionsContainer) -> None:
     add("--batch_size_per_gpu", default=128, type=int, help="images per forward pass and process")
     add("--num_workers", default=10, type=int, help="processes that decode images, per process")
     add_reading_arguments(parser)
+    add("--skip_unreadable", action="store_true", help=SKIP_HELP)
 
 
 def add_path_arguments(add: Callable) -> None:

@@ -172,10 +172,11 @@ class Monitor:
         for name, value in values.items():
             self._meter(name).add(value)
 
-    def end_epoch(self, epoch: int, knn: dict[str, dict[str, float]]) -> dict:
+    def end_epoch(self, epoch: int, knn: dict[str, dict[str, float]], unreadable: dict[str, int] | None = None) -> dict:
         """Averages over the epoch and all processes, written to log.txt and TensorBoard; the meters begin anew.
 
         ``knn``: for every number of neighbours its accuracies in percent; empty where there was no test.
+        ``unreadable``: how many images it did without, where there were such.
         """
         self.flush()
         names = [name for name in self.meters if name not in ("time", "data")]
@@ -187,6 +188,7 @@ class Monitor:
         line = {f"train_{name}": averages[name] for name in first}
         line |= {"epoch": epoch, **{f"train_{n.removeprefix('health/')}": averages[n] for n in rest}}
         line |= {"k-NN": knn} if knn else {}
+        line |= {"k-NN_unreadable": unreadable} if knn and unreadable else {}
         if self.world.rank == 0:
             with open(self.output_dir / "log.txt", "a") as file:
                 file.write(json.dumps(line) + "\n")

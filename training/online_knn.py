@@ -12,12 +12,16 @@ from evaluation.features import MEAN, extract_features, labels_of
 from evaluation.knn import as_numbers, knn_classify
 from evaluation.network import chosen_features
 from evaluation.sets import common_labels
+from evaluation.unreadable import Unreadable, UnreadableImages, leave_out, readable, remark
 from models.checkpoints import Network
 from utils import UsageError, World, escape, log
 
 
 class OnlineKNN:
-    """The test, or nothing where no labelled images are known (``reason`` says why)."""
+    """The test, or nothing where no labelled images are known (``reason`` says why).
+
+    Images that cannot be read are left out: no image ends a training.
+    """
 
     def __init__(self, args: argparse.Namespace, world: World, backbone: torch.nn.Module):
         self.args, self.world, self.backbone = args, world, backbone
@@ -28,6 +32,7 @@ class OnlineKNN:
         self.sets: tuple[Source, Source] | None = None
         self.reason = self._open() if args.knn_every else "off (--knn_every 0)"
         log.info("online k-NN: %s", self.reason or " against ".join(source.name for source in self.sets))
+        self.left_out: list[list[Unreadable]] = [[], []]  # of bank and test images, at the last test
         crop = getattr(args, "global_crops_size", 224)
         bundled = args.knn_data is None and args.data_path is None
         self.transform = eval_transform(crop, crop if bundled else round(crop * 256 / 224))
@@ -69,26 +74,45 @@ class OnlineKNN:
         return self.sets is not None and (epoch % self.args.knn_every == 0 or epoch + 1 == self.args.epochs)
 
     def __call__(self) -> dict[str, dict[str, float]]:
-        """Top-1 and top-5 in percent for every number of neighbours; the same on all processes."""
-        bank, queries = (
-            extract_features(
-                self.backbone,
-                source,
-                self.transform,
-                world=self.world,
-                batch_size=self.args.batch_size_per_gpu,
-                num_workers=self.args.num_workers,
-                device=self.world.device,
-                feature=self._feature,
-            )[0]
-            for source in self.sets
-        )
+        """Top-1 and top-5 in percent for every number of neighbours, {} where no image can be read; the same on all
+        processes.
+        """
+        tensors = []
+        for part, (source, labels) in enumerate(zip(self.sets, self.labels, strict=True)):
+            features, unreadable = self._extract(source)
+            try:
+                leave_out(source, unreadable, told=self.left_out[part])
+            except UnreadableImages as error:
+                self.sets, self.reason = None, f"off, since there is nothing left to test it on ({error})"
+                log.warning("warning: online k-NN: %s", self.reason)
+                return {}
+            self.left_out[part] = unreadable
+            tensors += [features, labels[readable(len(labels), unreadable)]]
         device = self.world.device if self.args.use_cuda else torch.device("cpu")
-        tensors = [tensor.to(device) for tensor in (bank, self.labels[0], queries, self.labels[1])]
-        numbers = as_numbers(knn_classify(*tensors, self.args.nb_knn, self.temperature, world=self.world))
-        for k, row in numbers.items():
-            log.info("online k-NN, k = %s: %s", k, ", ".join(f"{name} {value:.2f}" for name, value in row.items()))
-        return numbers
+        tensors = [tensor.to(device) for tensor in tensors]
+        accuracies = knn_classify(*tensors, self.args.nb_knn, self.temperature, world=self.world)
+        for k, (top1, top5) in accuracies.items():
+            values = f"top1 {top1:.2f}" + f", top5 {top5:.2f}" * (k > 1)
+            log.info("online k-NN, k = %s: %s", k, values + remark(self.unreadable))
+        return as_numbers(accuracies)
+
+    @property
+    def unreadable(self) -> dict[str, int]:
+        """How many images of "train" (the bank) and "test" the last test did without; {} when it had all."""
+        counts = dict(zip(("train", "test"), map(len, self.left_out), strict=True))
+        return counts if any(counts.values()) else {}
+
+    def _extract(self, source: Source) -> tuple[torch.Tensor, list[Unreadable]]:
+        return extract_features(
+            self.backbone,
+            source,
+            self.transform,
+            world=self.world,
+            batch_size=self.args.batch_size_per_gpu,
+            num_workers=self.args.num_workers,
+            device=self.world.device,
+            feature=self._feature,
+        )
 
     def _feature(self, model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         images = images.to(next(model.parameters()).dtype)

@@ -13,11 +13,10 @@ from evaluation.finetune_network import build_network
 from evaluation.finetune_options import get_args_parser
 from models import build_backbone
 from models.safe_load import CheckpointError
-from tests.eval_knn.test_eval_knn import micro
+from tests.eval_knn.test_eval_knn import MendedInPlace, micro
 from tests.eval_linear.test_eval_linear import assert_same, lines_of, saved
 from tests.launch import ROOT, SMALL, finish, make_images, start
 from tests.models.test_hugging_face import IN_FILES, hugging_face_names
-from tests.sources import Stripes
 from utils import run_cli
 
 PLAIN = ("--disable_rel_pos_bias", "--abs_pos_emb", "--use_cls", "--layer_scale_init_value", 0)
@@ -28,12 +27,18 @@ FINAL = "checkpoint.pth"
 def tune(monkeypatch, tmp_path, capsys):
     """Run the script in this process on stripes: (exit code, standard output, standard error)."""
 
-    def run(*arguments: object, out: str = "out", epochs: int = 2, bad: tuple[int, ...] = ()) -> tuple[int, str, str]:
+    def run(
+        *arguments: object,
+        out: str = "out",
+        epochs: int = 2,
+        bad: tuple[int, ...] = (),
+        bad_tests: tuple[int, ...] = (),
+    ) -> tuple[int, str, str]:
         monkeypatch.setattr(
             sets,
             "open_source",
-            lambda path, subset=None, split="train", start=0: Stripes(
-                6, 6, int(split != "train"), bad=bad * (split == "train")
+            lambda path, subset=None, split="train", start=0: MendedInPlace(
+                6, 6, int(split != "train"), bad=bad if split == "train" else bad_tests
             ),
         )
         options = ["--device", "cpu", "--precision", "fp32", "--num_workers", 0, "--input_size", 32, "--batch_size", 8]
@@ -63,7 +68,7 @@ def test_it_learns_and_leaves_the_originals_files(tune, tmp_path):
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     assert lines[0]["train_min_lr"] == pytest.approx(lines[0]["train_lr"] * 0.9**5)
     result = json.loads((tmp_path / "out" / "eval_finetuning.json").read_text())
-    assert list(result) == ["evaluation", "checkpoint", "checkpoint_key", "arch", "data", "numbers"]
+    assert list(result) == ["evaluation", "checkpoint", "checkpoint_key", "arch", "data", "unreadable", "numbers"]
     best = max(line["test_acc1"] for line in lines)
     assert result["numbers"]["top1"] == best > 2 * 100 / 6 and result["arch"] == "vit_micro/8"
     numbered = {f"checkpoint-{epoch}.pth" for epoch in (1, 3, 5)}
@@ -137,11 +142,39 @@ def test_another_run_in_the_same_folder_is_refused_with_every_difference(tune, t
     assert tune(*options, "--lr", 0.001, "--no_auto_resume", epochs=1)[0] == 0
 
 
-def test_from_scratch_is_said_loudly_and_an_unreadable_image_is_replaced_and_counted(tune):
+def test_from_scratch_is_said_loudly_and_an_unreadable_image_is_replaced_and_counted(tune, tmp_path):
     code, said, error = tune("--model", "vit_micro", "--patch_size", 8, "--batch_size", 36, epochs=2, bad=(3,))
     assert code == 0 and "TRAINED FROM SCRATCH" in said, error
     assert said.count("stripes/3.png: cut off in the middle") == 1
     assert said.count("could not be read and another one took its place") == 2
+    assert json.loads((tmp_path / "out" / "eval_finetuning.json").read_text())["unreadable"] == {"train": 1, "test": 0}
+    assert said.endswith("% (unreadable: 1 training image)\n")
+
+
+def test_test_images_are_refused_when_the_epoch_is_saved_and_skipping_them_goes_on(tune, tmp_path):
+    """As if they had been skipped from the start."""
+    options = ("--finetune", micro(tmp_path), *PLAIN)
+    for epochs, more in ((2, ()), (1, ("--disable_eval_during_finetuning",))):
+        out, at_once = f"parts {epochs}", f"whole {epochs}"
+        code, _, error = tune(*options, *more, out=out, epochs=epochs, bad_tests=(5, 20))
+        assert code == 2 and error.count("\n") == 1, error
+        assert "stripes/5.png: cut off in the middle; stripes/20.png" in error and "the epoch is saved" in error
+        assert saved(tmp_path / out, FINAL)["epoch"] == 0
+        more = (*more, "--skip_unreadable")
+        code, said, error = tune(*options, *more, out=out, epochs=epochs, bad_tests=(5, 20))
+        assert code == 0 and "Epoch: [0]" not in said and said.endswith("% (unreadable: 2 test images)\n"), error
+        code, _, error = tune(*options, *more, out=at_once, epochs=epochs, bad_tests=(5, 20))
+        assert code == 0, error
+        files = [saved(tmp_path / name, FINAL) for name in (out, at_once)]
+        for file in files:
+            del file["args"]
+        assert_same(*files)
+        for name in ("log.txt", "eval_finetuning.json"):
+            assert (tmp_path / out / name).read_text() == (tmp_path / at_once / name).read_text()
+        accuracy = lines_of(tmp_path / out)[-1]["test_acc1"]
+        assert accuracy * 34 / 100 == pytest.approx(round(accuracy * 34 / 100))
+    code, _, error = tune(*options, "--eval", out="parts 2", bad_tests=(5, 20))
+    assert code == 2 and "stripes/20.png" in error and "the epoch" not in error
 
 
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tune, tmp_path):

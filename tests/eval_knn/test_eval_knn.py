@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data.datasets import SubsetSource, open_source
+from data.datasets import Source, SubsetSource, open_source
+from data.preprocess import eval_transform
 from eval_knn.eval_knn import main
 from evaluation import sets
+from evaluation.features import extract_features
+from evaluation.knn import knn_classify
 from models import build_backbone
 from tests.data.helpers import encoded, photograph
 from tests.sources import Stripes
-from utils import run_cli
+from utils import World, run_cli
 
 # ---- the script -----------------------------------------------------------------------------------------------------
 
@@ -57,7 +60,7 @@ def test_it_prints_the_originals_lines_and_writes_one_json(evaluate, tmp_path):
     assert "crop 32 of 32 pixels" in said and "matched 54 of 54" in said and "RANDOM" not in said
     (text,) = (tmp_path / "out" / "eval_knn.json").read_text().splitlines()
     result = json.loads(text)
-    assert list(result) == ["evaluation", "checkpoint", "checkpoint_key", "arch", "data", "numbers"]
+    assert list(result) == ["evaluation", "checkpoint", "checkpoint_key", "arch", "data", "unreadable", "numbers"]
     assert (result["checkpoint"], result["checkpoint_key"], result["arch"]) == (str(path), "teacher", "vit_micro/8")
     top1, top5 = result["numbers"]["5"].values()
     assert f"5-NN classifier result: Top1: {top1}, Top5: {top5}\n" in said
@@ -131,6 +134,86 @@ def test_more_blocks_than_there_are_is_all_of_them(evaluate, tmp_path):
         assert ("--n_last_blocks 9: vit_micro/8 has 4 blocks, and all of them are taken" in said) == (blocks == 9)
         results.append(json.loads((tmp_path / "out" / "eval_knn.json").read_text()))
     assert results[0] == results[1]
+
+
+# ---- images that cannot be read -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(evaluate, monkeypatch):
+    """``evaluate``, on stripes of which some cannot be read."""
+
+    def run(*arguments: object, train: tuple[int, ...] = (), test: tuple[int, ...] = ()) -> tuple[int, str, str]:
+        def opened(path, subset=None, split="train", start=0):
+            source = MendedInPlace(seed=int(split != "train"), bad=train if split == "train" else test)
+            return SubsetSource(source, subset, start) if subset else source
+
+        monkeypatch.setattr(sets, "open_source", opened)
+        return evaluate(*arguments)
+
+    return run
+
+
+class MendedInPlace(Stripes):
+    """The list of images is the same whichever of them can be read."""
+
+    fingerprint = Source.fingerprint
+
+
+def by_hand(path: Path, train: tuple[int, ...], test: tuple[int, ...], k: int) -> tuple[float, float]:
+    """The accuracies of the images but ``train`` and ``test``."""
+    model, alone = build_backbone("vit_micro", 8, img_size=32), World(0, 1, 0, torch.device("cpu"))
+    model.load_state_dict({n[9:]: t for n, t in torch.load(path)["teacher"].items()})
+    tensors = []
+    for seed, bad in enumerate((train, test)):
+        options = {"world": alone, "device": alone.device, "num_workers": 0}
+        features, _ = extract_features(model, Stripes(seed=seed), eval_transform(32, 37), **options)
+        kept = [index for index in range(24) if index not in bad]
+        tensors += [features[kept], torch.from_numpy(Stripes().labels[kept])]
+    return knn_classify(*tensors, [k])[k]
+
+
+def test_unreadable_images_of_the_bank_are_left_out_and_test_images_refused_unless_skipped(broken, tmp_path):
+    path, bad = micro(tmp_path), {"train": (0, 1, 7), "test": (3, 22)}
+    options = ("--pretrained_weights", path, "--crop_size", 32, "--nb_knn", 3)
+    code, said, error = broken(*options, **bad)
+    assert code == 2 and error.count("\n") == 1 and "features of stripes 0" not in said  # before the bank is looked at
+    assert "2 of its 24 test images" in error and "stripes/3.png: cut off in the middle; stripes/22.png" in error
+    assert "--skip_unreadable" in error and not (tmp_path / "out" / "eval_knn.json").exists()
+    code, said, error = broken(*options, "--skip_unreadable", "--baselines", **bad)
+    assert code == 0, error
+    result = json.loads((tmp_path / "out" / "eval_knn.json").read_text())
+    assert result["unreadable"] == {"train": 3, "test": 2}
+    assert tuple(result["numbers"]["3"].values()) == pytest.approx(by_hand(path, *bad.values(), 3))
+    assert said.count("stripes/7.png") == said.count("stripes/22.png") == 1  # although they were looked at twice
+    (line,) = [line for line in said.splitlines() if "3-NN classifier result" in line]
+    assert line.endswith(" (unreadable: 3 training images, 2 test images)")
+    for part, words in (("train", "stripes 0 "), ("test", "stripes 1 ")):
+        code, _, error = broken(*options, "--skip_unreadable", **{part: tuple(range(24))})
+        assert code == 2 and f"{words}(24" in error and "none of its images" in error
+
+
+def test_kept_features_do_not_claim_images_without_a_row(broken, tmp_path):
+    options = ("--pretrained_weights", micro(tmp_path), "--crop_size", 32, "--nb_knn", 3)
+    keep, load = ("--dump_features", tmp_path / "kept"), ("--load_features", tmp_path / "kept")
+    bad = {"train": (0, 7), "test": (3,)}
+    code, said, error = broken(*options, *keep, "--skip_unreadable", **bad)
+    assert code == 0, error
+    rows = [len(torch.load(tmp_path / "kept" / f"{name}.pth")) for name in ("trainfeat", "trainlabels", "testfeat")]
+    assert rows == [22, 22, 23]
+    key = json.loads((tmp_path / "kept" / "features.json").read_text())
+    assert key["unreadable"] == {"train": [0, 7], "test": [3]}
+    result = lambda said: [line for line in said.splitlines() if "classifier result" in line]  # noqa: E731
+    code, again, error = broken(*options, *load, "--skip_unreadable", **bad)
+    assert code == 0 and result(again) == result(said) and "images/s" not in again, error
+    assert "stripes/7.png: cut off" in again
+    code, _, error = broken(*options, *load, **bad)
+    assert code == 2 and "stripes/3.png: cut off" in error
+    code, _, error = broken(*options, *load, "--skip_unreadable", train=(7,), test=(3,))  # one was mended
+    assert code == 2 and "unreadable is {'train': [0, 7], 'test': [3]} there" in error and error.count("\n") == 1
+    code, said, error = broken(*options, *keep)
+    assert code == 0 and "not used, unreadable is" in said and "(unreadable" not in said, error
+    assert "unreadable" not in json.loads((tmp_path / "kept" / "features.json").read_text())
 
 
 def test_without_weights_it_says_loudly_that_they_are_random(evaluate, tmp_path):

@@ -13,7 +13,7 @@ from evaluation.linear_heads import heads_of
 from models import build_backbone
 from models.layouts.names import plain_name
 from models.reading import read_backbone
-from tests.eval_knn.test_eval_knn import micro
+from tests.eval_knn.test_eval_knn import MendedInPlace, micro
 from tests.launch import ROOT, SMALL, finish, flatten, make_images, start
 from tests.sources import Stripes
 from utils import run_cli
@@ -66,7 +66,7 @@ def test_on_the_photographs_the_heads_of_an_untrained_network_beat_chance(probe,
     assert "19 photographs" in said and "linear heads: 8, on" in said and "RANDOM WEIGHTS" in said
     result = json.loads((tmp_path / "out" / "eval_linear.json").read_text())
     numbers = result["numbers"]
-    assert list(result) == ["evaluation", "checkpoint", "checkpoint_key", "arch", "data", "numbers"]
+    assert list(result) == ["evaluation", "checkpoint", "checkpoint_key", "arch", "data", "unreadable", "numbers"]
     assert numbers["top1"] > 3 * 100 / 19 and numbers["top5"] > numbers["top1"]
     assert numbers["top1"] == max(head["top1"] for head in numbers["heads"])
     assert [(h["n_last_blocks"], h["avgpool_patchtokens"], h["lr"]) for h in numbers["heads"][:4]] == [
@@ -211,9 +211,13 @@ def test_a_file_of_the_original_is_continued_with_load_from(probe, tmp_path):
 
 
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    """21 training images in batches of 2 x 8: of the last batch the second process has none."""
+    """21 training images in batches of 2 x 8: of the last batch the second process has none. One of them and one test
+    image cannot be read: both processes refuse the latter, and go on when it is to be skipped.
+    """
     make_images(tmp_path / "data" / "train", 21, 3)
     make_images(tmp_path / "data" / "val", 9, 3)
+    for name in ("train/class1/004.jpg", "val/class2/005.jpg"):
+        (tmp_path / "data" / name).write_bytes(b"cut off")
     path = micro(tmp_path)
     for name, processes in (("one", 1), ("two", 2)):
         words = [
@@ -233,7 +237,13 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         words += ["--pretrained_weights", str(path), "--data_path", str(tmp_path / "data"), "--device", "cpu"]
         words += ["--batch_size_per_gpu", str(16 // processes), "--output_dir", str(tmp_path / name)]
         script = [str(ROOT / "eval_linear" / "eval_linear.py"), *words]
-        finish(start(processes, script, **dict.fromkeys(SMALL)))
+        refused = ""
+        if processes == 2:
+            refused = finish(start(processes, script, **dict.fromkeys(SMALL)), code=1)  # torchrun's own
+            assert refused.count("error: ") == 1 and "val/class2/005.jpg" in refused and "exitcode  : 2" in refused
+        said = finish(start(processes, [*script, "--skip_unreadable"], **dict.fromkeys(SMALL)))
+        assert said.count("val/class2/005.jpg") == (refused + said).count("train/class1/004.jpg") == 1
+        assert "(unreadable: 1 training image, 1 test image)" in said
     one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
     for name, tensor in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], tensor, rtol=1e-4, atol=1e-6)
@@ -323,14 +333,63 @@ def test_more_blocks_than_there_are_is_all_of_them_also_of_a_head_that_is_loaded
     assert "--n_last_blocks 12: vit_micro/8 has 4 blocks" in said
 
 
+# ---- images that cannot be read -------------------------------------------------------------------------------------
+
+
+def breaking(monkeypatch, train: tuple[int, ...] = (), test: tuple[int, ...] = ()) -> None:
+    """Images of these numbers cannot be read; the lists of images stay what they are."""
+
+    def opened(path, subset=None, split="train", start=0):
+        return MendedInPlace(6, 7, int(split != "train"), bad=train if split == "train" else test)
+
+    monkeypatch.setattr(sets, "open_source", opened)
+
+
 def test_an_unreadable_training_image_is_replaced_and_counted(probe, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        sets,
-        "open_source",
-        lambda path, subset=None, split="train", start=0: Stripes(bad=(3,) * (split == "train")),
-    )
+    breaking(monkeypatch, train=(3,))
     model = build_backbone("vit_micro", 8, img_size=32)
     torch.save(model.state_dict(), tmp_path / "flat.pth")
     code, said, error = probe("--pretrained_weights", tmp_path / "flat.pth", "--epochs", 2, stripes=False)
     assert code == 0 and said.count("stripes/3.png: cut off in the middle") == 1, error
     assert said.count("could not be read and another one took its place") == 2
+    read = lambda: json.loads((tmp_path / "out" / "eval_linear.json").read_text())["unreadable"]  # noqa: E731
+    assert read() == {"train": 1, "test": 0} and said.endswith(" (unreadable: 1 training image)\n")
+    (tmp_path / "out" / "eval_linear.json").unlink()
+    code, again, error = probe("--pretrained_weights", tmp_path / "flat.pth", "--epochs", 2, stripes=False)
+    assert code == 0 and read() == {"train": 1, "test": 0} and again.endswith(said.splitlines()[-1] + "\n"), error
+
+
+@pytest.mark.parametrize("val_freq", [1, 3], ids=["first test", "last test"])
+def test_test_images_are_refused_when_the_epoch_is_saved_and_skipping_them_goes_on(
+    probe, monkeypatch, tmp_path, val_freq
+):
+    """As if they had been skipped, or mended, from the start."""
+    heads = ("--lr", 0.1, 0.4, "--n_last_blocks", 1, "--epochs", 3 if val_freq == 1 else 1)
+    options = ("--pretrained_weights", micro(tmp_path), *heads, "--val_freq", val_freq)
+    for name, bad, more in (("skipped", (5, 40), ("--skip_unreadable",)), ("mended", (), ())):
+        breaking(monkeypatch, test=(5, 40))
+        code, said, error = probe(*options, out=name, stripes=False)
+        assert code == 2 and error.count("\n") == 1, error
+        assert "stripes/5.png: cut off in the middle; stripes/40.png" in error and "the epoch is saved" in error
+        assert saved(tmp_path / name)["epoch"] == 1 and not lines_of(tmp_path / name)
+        breaking(monkeypatch, test=bad)
+        code, said, error = probe(*options, *more, out=name, stripes=False)
+        assert code == 0 and "Epoch: [0]" not in said, error
+        code, whole, error = probe(*options, *more, out=f"{name} at once", stripes=False)
+        assert code == 0 and whole.splitlines()[-1] == said.splitlines()[-1], error
+        one, other = tmp_path / name, tmp_path / f"{name} at once"
+        for file in ("checkpoint.pth.tar", "checkpoint_teacher_linear.pth"):
+            assert_same(saved(one, file), saved(other, file))
+        for file in ("log.txt", "eval_linear.json"):
+            assert (one / file).read_text() == (other / file).read_text()
+        assert said.count("stripes/40.png") == len(bad) // 2
+        assert f"on the {42 - len(bad)} test images" in said
+        counts = json.loads((one / "eval_linear.json").read_text())["unreadable"]
+        assert counts == {"train": 0, "test": len(bad)}
+    accuracy = lines_of(tmp_path / "skipped")[-1]["test_acc1"]
+    assert accuracy * 40 / 100 == pytest.approx(round(accuracy * 40 / 100))  # of those that were read
+    code, _, error = probe(*options, "--evaluate", out="skipped", stripes=False)
+    assert code == 0, error
+    breaking(monkeypatch, test=(5, 40))
+    code, _, error = probe(*options, "--evaluate", out="skipped", stripes=False)
+    assert code == 2 and "stripes/40.png" in error and "the epoch" not in error

@@ -19,9 +19,10 @@ from evaluation.features import (
     multiscale_class_token,
     token_features,
 )
+from evaluation.unreadable import readable
 from models.vit import VisionTransformer
 from tests.sources import Stripes
-from utils import UsageError, World
+from utils import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 TRANSFORM = eval_transform(32, 36)
@@ -40,13 +41,12 @@ def extract(model, source, **kwargs):
 
 
 @pytest.mark.parametrize("images_per_class", [1, 5])
-def test_rows_are_images_in_order_and_labels_are_the_sources(images_per_class):
+def test_rows_are_images_in_order(images_per_class):
     model, source = small().eval(), Stripes(classes=3, per_class=images_per_class)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        matrix, labels = extract(model, source)
-    assert matrix.shape == (len(source), 12) and matrix.dtype == torch.float32
-    assert labels.tolist() == source.labels.tolist()
+        matrix, unreadable = extract(model, source)
+    assert matrix.shape == (len(source), 12) and matrix.dtype == torch.float32 and unreadable == []
     for index in range(len(source)):
         with torch.no_grad():
             alone = model(TRANSFORM(source.pil(index))[None])[0]
@@ -86,9 +86,17 @@ def test_a_plain_function_of_images_will_do_and_so_will_another_feature():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named_with_the_reason(workers):
-    with pytest.raises(UsageError, match=r"stripes/5.png.*cut off in the middle"):
-        extract(small(), Stripes(bad=(5,)), num_workers=workers)
+def test_unreadable_images_have_no_row_and_are_named_with_the_reason(workers):
+    """A single one, a whole batch, all of them."""
+    model = small()
+    for bad in ((5,), (8, 9, 10, 11, 23), tuple(range(24))):
+        matrix, unreadable = extract(model, Stripes(bad=bad), num_workers=workers)
+        assert unreadable == [(index, f"stripes/{index}.png", "cut off in the middle") for index in bad]
+        kept = readable(24, unreadable)
+        assert kept.tolist() == [index for index in range(24) if index not in bad]
+        assert len(matrix) == len(kept)
+        if len(kept):
+            torch.testing.assert_close(matrix, extract(model, Stripes())[0][kept], rtol=1e-5, atol=1e-6)
 
 
 def test_progress_is_told_with_a_rate(caplog):
@@ -104,6 +112,15 @@ def test_missing_and_doubled_rows_are_errors_that_name_them():
         gather_rows(rows, torch.tensor([2, 0, 3, 3]), 4, ALONE)
     with pytest.raises(RuntimeError, match=r"extracted 4 of 20 images; missing 4, 5, 6, 7, 8, 9, 10, 11 and 8 more"):
         gather_rows(rows, torch.tensor([0, 1, 2, 3]), 20, ALONE)
+
+
+def test_rows_may_be_missing_only_where_they_are_known_to_be():
+    rows = torch.arange(3.0)[:, None]
+    assert gather_rows(rows, torch.tensor([4, 0, 2]), 5, ALONE, absent=[1, 3]).flatten().tolist() == [1, 2, 0]
+    with pytest.raises(RuntimeError, match=r"extracted 3 of 4 images; missing 3"):
+        gather_rows(rows, torch.tensor([4, 0, 2]), 5, ALONE, absent=[1])
+    with pytest.raises(RuntimeError, match=r"extracted 3 of 3 images; missing 1; doubled 2"):
+        gather_rows(rows, torch.tensor([4, 0, 2]), 5, ALONE, absent=[2, 3])
 
 
 def test_rows_are_placed_in_pieces(monkeypatch):

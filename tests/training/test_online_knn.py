@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from data.decode import MAX_IMAGE_PIXELS
+from evaluation.features import extract_features
+from evaluation.knn import knn_classify
 from models import build_backbone
 from tests.launch import make_images
+from tests.sources import Stripes
 from training import online_knn
 from training.online_knn import OnlineKNN
 from utils import UsageError, World
@@ -107,6 +110,44 @@ def test_data_without_classes_or_without_a_test_set_trains_without_it(tmp_path):
     test = online(tmp_path / "flat" / "train")
     assert "images without a class" in test.reason and not test.due(0)
     assert online(tmp_path / "train", knn_every=0).reason == "off (--knn_every 0)"
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """The test on stripes of which some cannot be read."""
+
+    def make(train: tuple[int, ...] = (), test: tuple[int, ...] = (), **options) -> OnlineKNN:
+        stripes = {"train": Stripes(4, 6, bad=train), "test": Stripes(4, 2, 1, bad=test)}
+        monkeypatch.setattr(online_knn, "open_source", lambda _, split="train": stripes[split])
+        return online(knn_per_class=-1, **options)
+
+    return make
+
+
+def test_images_that_cannot_be_read_are_left_out_named_once_and_counted(broken, caplog):
+    caplog.set_level("INFO", "tutelage")
+    test = broken(train=(3, 20), test=(5,), nb_knn=[3])
+    first, again = test(), test()
+    assert first == again and test.unreadable == {"train": 2, "test": 1}
+    assert [caplog.text.count(f"stripes/{index}.png: cut off") for index in (3, 20, 5)] == [1, 1, 1]
+    assert caplog.text.count("(unreadable: 2 training images, 1 test image)") == 2
+    features = [
+        extract_features(test.backbone, source, test.transform, world=ALONE, device=ALONE.device, num_workers=0)[0]
+        for source in (Stripes(4, 6), Stripes(4, 2, 1))
+    ]
+    known, asked = [i for i in range(24) if i not in (3, 20)], [i for i in range(8) if i != 5]
+    labels = [torch.from_numpy(stripes.labels.copy()) for stripes in (Stripes(4, 6), Stripes(4, 2))]
+    wanted = knn_classify(features[0][known], labels[0][known], features[1][asked], labels[1][asked], [3])
+    assert list(first["3"].values()) == pytest.approx(list(wanted[3]))
+    whole = broken(nb_knn=[3])
+    assert whole() and whole.unreadable == {}
+
+
+def test_where_nothing_can_be_read_it_is_off_and_training_goes_on(broken, caplog):
+    for bad in ({"train": tuple(range(24))}, {"test": tuple(range(8))}):
+        test = broken(**bad)
+        assert test.due(0) and test() == {} and not test.due(1) and test.unreadable == {}
+        assert "none of its images can be read" in test.reason and test.reason in caplog.text
 
 
 def test_a_folder_that_was_named_and_cannot_be_used_is_refused(tmp_path):
