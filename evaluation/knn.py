@@ -5,7 +5,8 @@ exp(similarity / temperature) (Wu et al., 1805.01978).
 """
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +118,55 @@ def bank_rows(labels: torch.Tensor, per_class: int, start: int) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What there is to vote
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Bank(NamedTuple):
+    """Numbers of images, of classes that have any, and of images of the largest class."""
+
+    images: int
+    classes: int
+    largest_class: int
+
+    @classmethod
+    def of(cls, labels: torch.Tensor) -> "Bank":
+        counts = labels.bincount()
+        return cls(len(labels), int((counts > 0).sum()), int(counts.max()))
+
+    def __str__(self) -> str:
+        return f"{self.images} images, {self.classes} classes, the largest of {self.largest_class} images"
+
+
+def doubts(ks: Iterable[int], bank: Bank) -> list[str]:
+    """Why accuracies of ``bank`` say less than they seem to, a sentence each."""
+    if bank.classes == 1:
+        return ["the bank has one class, which wins every vote whatever the features are"]
+    whole = [k for k in ks if k >= bank.images]
+    many = [k for k in ks if bank.largest_class <= k < bank.images]
+    sentences = []
+    if many:
+        sentences.append(
+            f"k = {_listed(many)}: no class of the bank has more than {bank.largest_class} images, so at best as many "
+            "neighbours are of the right class; lower --nb_knn"
+        )
+    if whole:
+        sentences.append(
+            f"k = {_listed(whole)}: all {bank.images} images of the bank vote for every test image; lower --nb_knn"
+        )
+    return sentences
+
+
+def remark_on_k(k: int, bank: Bank) -> str:
+    """For a line with the result of ``k`` neighbours: how many there were, where these are fewer."""
+    return f" ({bank.images} neighbours: all there are)" * (k > bank.images)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Accuracies
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -132,19 +182,27 @@ def deviation(runs: dict[int, Accuracies], k: int) -> float:
     return statistics.stdev(run[k][0] for run in runs.values())
 
 
-def as_numbers(accuracies: Accuracies) -> dict[str, dict[str, float]]:
-    """For logs and results; the first five of one neighbour are no more than the first."""
-    return {str(k): {"top1": top1} | ({"top5": top5} if k > 1 else {}) for k, (top1, top5) in accuracies.items()}
+def as_numbers(accuracies: Accuracies, bank: Bank) -> dict[str, dict[str, float]]:
+    """For logs and results, ``neighbours`` where ``bank`` has fewer than k; the first five of one neighbour are no more
+    than the first.
+    """
+    return {
+        str(k): {"top1": top1}
+        | ({"top5": top5} if k > 1 else {})
+        | ({"neighbours": bank.images} if k > bank.images else {})
+        for k, (top1, top5) in accuracies.items()
+    }
 
 
-def runs_as_numbers(runs: dict[int, Accuracies]) -> dict:
-    """Means over the starts; where there are several, with the deviation of top-1 and every start's own."""
-    numbers = as_numbers(mean_accuracies(runs))
-    if len(runs) > 1:
-        for k in mean_accuracies(runs):
-            numbers[str(k)]["top1_std"] = deviation(runs, k)
-        numbers["starts"] = {str(start): as_numbers(run) for start, run in runs.items()}
-    return numbers
+def runs_as_numbers(runs: dict[int, Accuracies], banks: Mapping[int, Bank]) -> dict:
+    """Accuracies and bank of a start; of several the means, the deviation of top-1, and every start's own."""
+    own = {start: as_numbers(run, banks[start]) | {"bank": banks[start]._asdict()} for start, run in runs.items()}
+    if len(own) == 1:
+        return next(iter(own.values()))
+    numbers = as_numbers(mean_accuracies(runs), min(banks.values()))
+    for k in mean_accuracies(runs):
+        numbers[str(k)]["top1_std"] = deviation(runs, k)
+    return numbers | {"starts": {str(start): numbers for start, numbers in own.items()}}
 
 
 def table(rows: dict[str, Accuracies], ks: Iterable[int]) -> str:

@@ -15,11 +15,14 @@ from evaluation.cache import FeatureCache
 from evaluation.features import Feature, extract_features
 from evaluation.knn import (
     Accuracies,
+    Bank,
     as_numbers,
     bank_rows,
     deviation,
+    doubts,
     knn_classify,
     mean_accuracies,
+    remark_on_k,
     runs_as_numbers,
     table,
 )
@@ -93,22 +96,28 @@ def evaluate(args: argparse.Namespace, world: World, append: bool) -> None:
     run = build_run(args, world)
     rows = baseline_accuracies(run) if args.baselines else {}
     runs = classify(run, *network_features(run))
-    show(run, runs)
+    banks = {start: Bank.of(run.labels("train")[run.bank(start)]) for start in runs}
+    show(run, runs, banks)
     if args.baselines:
         name = f"{run.network.label}, {args.pretrained_weights or 'random weights'}"
         log.info("k-NN top-1 in percent\n" + table(rows | {name: mean_accuracies(runs)}, args.nb_knn))
     if world.rank == 0:
-        numbers = runs_as_numbers(runs)
-        numbers |= {"baselines": {name: as_numbers(row) for name, row in rows.items()}} if rows else {}
+        numbers = runs_as_numbers(runs, banks)
+        smallest = min(banks.values())
+        numbers |= {"baselines": {name: as_numbers(row, smallest) for name, row in rows.items()}} if rows else {}
         write_result(args, "eval_knn", run.network, run.sets, run.counts, numbers, append)
 
 
-def show(run: KnnRun, runs: dict[int, Accuracies]) -> None:
+def show(run: KnnRun, runs: dict[int, Accuracies], banks: dict[int, Bank]) -> None:
+    """The originals' lines; behind them what is not as it was asked for."""
+    for sentence in dict.fromkeys(sentence for bank in banks.values() for sentence in doubts(run.args.nb_knn, bank)):
+        log.warning(f"warning: {sentence}")
     for start, accuracies in runs.items():
-        where = f"from image {start} on: " if len(runs) > 1 else ""
+        where, bank = f"from image {start} on: " if len(runs) > 1 else "", banks[start]
+        log.info(f"{where}{', '.join(map(str, accuracies))} neighbours in a bank of {bank}")
         for k, (top1, top5) in accuracies.items():
             result = f"{where}{k}-NN classifier result: Top1: {top1}" + f", Top5: {top5}" * (k > 1)
-            log.info(result + remark(run.counts))
+            log.info(result + remark_on_k(k, bank) + remark(run.counts))
     if len(runs) > 1:
         for k, (top1, _) in mean_accuracies(runs).items():
             log.info(

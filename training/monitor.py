@@ -193,7 +193,9 @@ class Monitor:
             with open(self.output_dir / "log.txt", "a") as file:
                 file.write(json.dumps(line) + "\n")
             scalars = {name.removeprefix("health/"): value for name, value in averages.items()}
-            scalars |= {f"knn{k}_{name}": value for k, row in knn.items() for name, value in row.items()}
+            scalars |= {
+                f"knn{k}_{name}": row[name] for k, row in knn.items() for name in ("top1", "top5") if name in row
+            }
             for name, value in scalars.items():
                 self.writer.add_scalar(f"epoch/{name}", value, (epoch + 1) * self.niter)
         log.info("Averaged stats: %s", "  ".join(f"{name}: {averages[name]:.6g}" for name in names))

@@ -9,7 +9,7 @@ from data.datasets import ALL, Source, SubsetSource, open_source, train_and_test
 from data.decode import reading_from
 from data.preprocess import eval_transform
 from evaluation.features import MEAN, extract_features, labels_of
-from evaluation.knn import as_numbers, knn_classify
+from evaluation.knn import Bank, as_numbers, doubts, knn_classify, remark_on_k
 from evaluation.network import chosen_features
 from evaluation.sets import common_labels
 from evaluation.unreadable import Unreadable, UnreadableImages, leave_out, readable, remark
@@ -33,6 +33,8 @@ class OnlineKNN:
         self.reason = self._open() if args.knn_every else "off (--knn_every 0)"
         log.info("online k-NN: %s", self.reason or " against ".join(source.name for source in self.sets))
         self.left_out: list[list[Unreadable]] = [[], []]  # of bank and test images, at the last test
+        for sentence in doubts(args.nb_knn, Bank.of(self.labels[0])) if self.sets else ():
+            log.warning("warning: online k-NN: %s", sentence)
         crop = getattr(args, "global_crops_size", 224)
         bundled = args.knn_data is None and args.data_path is None
         self.transform = eval_transform(crop, crop if bundled else round(crop * 256 / 224))
@@ -88,13 +90,13 @@ class OnlineKNN:
                 return {}
             self.left_out[part] = unreadable
             tensors += [features, labels[readable(len(labels), unreadable)]]
-        device = self.world.device if self.args.use_cuda else torch.device("cpu")
+        bank, device = Bank.of(tensors[1]), self.world.device if self.args.use_cuda else torch.device("cpu")
         tensors = [tensor.to(device) for tensor in tensors]
         accuracies = knn_classify(*tensors, self.args.nb_knn, self.temperature, world=self.world)
         for k, (top1, top5) in accuracies.items():
             values = f"top1 {top1:.2f}" + f", top5 {top5:.2f}" * (k > 1)
-            log.info("online k-NN, k = %s: %s", k, values + remark(self.unreadable))
-        return as_numbers(accuracies)
+            log.info("online k-NN, k = %s: %s", k, values + remark_on_k(k, bank) + remark(self.unreadable))
+        return as_numbers(accuracies, bank)
 
     @property
     def unreadable(self) -> dict[str, int]:

@@ -136,6 +136,22 @@ def test_more_blocks_than_there_are_is_all_of_them(evaluate, tmp_path):
     assert results[0] == results[1]
 
 
+def test_what_was_used_is_said_where_neighbours_are_missing(evaluate, tmp_path):
+    """24 images in the bank, 6 of every class."""
+    options = ("--pretrained_weights", micro(tmp_path), "--crop_size", 32, "--nb_knn", 5, 6, 24, 200)
+    code, said, error = evaluate(*options)
+    assert code == 0, error
+    result = json.loads((tmp_path / "out" / "eval_knn.json").read_text())["numbers"]
+    assert result["bank"] == {"images": 24, "classes": 4, "largest_class": 6}
+    assert [result[k].get("neighbours") for k in ("5", "6", "24", "200")] == [None, None, None, 24]
+    assert "5, 6, 24, 200 neighbours in a bank of 24 images, 4 classes, the largest of 6 images\n" in said
+    assert said.count("k = 6: no class of the bank has more than 6 images") == 1
+    assert said.count("k = 24, 200: all 24 images of the bank vote") == 1
+    lines = [line.split("-NN classifier result: ") for line in said.splitlines() if "classifier result" in line]
+    ends = [f"Top1: {result[k]['top1']}, Top5: {result[k]['top5']}" for k, _ in lines]
+    assert [text for _, text in lines] == [*ends[:3], ends[3] + " (24 neighbours: all there are)"]
+
+
 # ---- images that cannot be read -------------------------------------------------------------------------------------
 
 
@@ -183,7 +199,7 @@ def test_unreadable_images_of_the_bank_are_left_out_and_test_images_refused_unle
     code, said, error = broken(*options, "--skip_unreadable", "--baselines", **bad)
     assert code == 0, error
     result = json.loads((tmp_path / "out" / "eval_knn.json").read_text())
-    assert result["unreadable"] == {"train": 3, "test": 2}
+    assert result["unreadable"] == {"train": 3, "test": 2} and result["numbers"]["bank"]["images"] == 21
     assert tuple(result["numbers"]["3"].values()) == pytest.approx(by_hand(path, *bad.values(), 3))
     assert said.count("stripes/7.png") == said.count("stripes/22.png") == 1  # although they were looked at twice
     (line,) = [line for line in said.splitlines() if "3-NN classifier result" in line]
@@ -191,6 +207,16 @@ def test_unreadable_images_of_the_bank_are_left_out_and_test_images_refused_unle
     for part, words in (("train", "stripes 0 "), ("test", "stripes 1 ")):
         code, _, error = broken(*options, "--skip_unreadable", **{part: tuple(range(24))})
         assert code == 2 and f"{words}(24" in error and "none of its images" in error
+
+
+def test_a_subset_is_what_of_it_can_be_read(broken, tmp_path):
+    options = ("--pretrained_weights", micro(tmp_path), "--crop_size", 32, "--nb_knn", 1, "--subset", 2)
+    code, _, error = broken(*options, "--subset_starts", 0, 2, train=(1, 5, 9))  # of class 1, images 0, 1 and 2
+    assert code == 0, error
+    starts = json.loads((tmp_path / "out" / "eval_knn.json").read_text())["numbers"]["starts"]
+    assert [starts[start]["bank"] for start in ("0", "2")] == [
+        {"images": 6, "classes": 3, "largest_class": 2}, {"images": 7, "classes": 4, "largest_class": 2}
+    ]  # fmt: skip
 
 
 def test_kept_features_do_not_claim_images_without_a_row(broken, tmp_path):

@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 
 from evaluation.baselines import colour_histogram, raw_pixels
-from evaluation.knn import knn_classify, nearest_neighbours, rank_of_class, table
+from evaluation.knn import (
+    Bank,
+    as_numbers,
+    doubts,
+    knn_classify,
+    nearest_neighbours,
+    rank_of_class,
+    remark_on_k,
+    runs_as_numbers,
+    table,
+)
 from tests.launch import ROOT
 
 # ---- the classifier -------------------------------------------------------------------------------------------------
@@ -112,6 +122,35 @@ def test_an_empty_side_is_an_error():
     train, train_labels, test, test_labels = problem()
     with pytest.raises(ValueError, match="0 test images"):
         knn_classify(train, train_labels, test[:0], test_labels[:0], [5])
+
+
+# ---- what there is to vote -------------------------------------------------------------------------------------------
+
+
+def test_more_neighbours_than_there_are_is_said_in_plain_words():
+    bank = Bank.of(torch.tensor([0, 0, 0, 3, 3, 5]))
+    assert bank == (6, 3, 3) and str(bank) == "6 images, 3 classes, the largest of 3 images"
+    assert doubts([1, 2], bank) == []
+    many, whole = doubts([2, 3, 5, 6, 200], bank)
+    assert many.startswith("k = 3, 5: no class of the bank has more than 3 images") and "--nb_knn" in many
+    assert whole.startswith("k = 6, 200: all 6 images of the bank vote for every test image")
+    (one,) = doubts([1, 9], Bank.of(torch.tensor([4, 4])))
+    assert "one class" in one
+    assert [remark_on_k(k, bank) for k in (5, 6, 7)] == ["", "", " (6 neighbours: all there are)"]
+
+
+def test_numbers_say_which_bank_they_are_of_and_where_neighbours_were_missing():
+    small, large = Bank(6, 3, 3), Bank(8, 3, 4)
+    assert as_numbers({1: (50.0, 50.0), 7: (20.0, 60.0)}, small) == {
+        "1": {"top1": 50.0}, "7": {"top1": 20.0, "top5": 60.0, "neighbours": 6}
+    }  # fmt: skip
+    runs = {0: {7: (20.0, 60.0)}, 4: {7: (40.0, 60.0)}}
+    numbers = runs_as_numbers(runs, {0: small, 4: large})
+    assert numbers["7"]["top1"] == pytest.approx(30) and numbers["7"]["neighbours"] == 6
+    assert numbers["starts"]["4"] == {
+        "7": {"top1": 40.0, "top5": 60.0}, "bank": {"images": 8, "classes": 3, "largest_class": 4}
+    }  # fmt: skip
+    assert runs_as_numbers({4: runs[4]}, {4: large}) == numbers["starts"]["4"]
 
 
 # ---- what a network has to beat -------------------------------------------------------------------------------------

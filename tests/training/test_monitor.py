@@ -33,13 +33,15 @@ def test_log_txt_begins_with_the_keys_of_the_original(monitor, tmp_path):
     m.open(0, 0)
     record(m, 0, [1.0, 2.0, 3.0])
     m.note({"nmi": 0.25})
-    numbers = {"10": {"top1": 50.0, "top5": 75.0}}
+    numbers = {"10": {"top1": 50.0, "top5": 75.0, "neighbours": 7}}
     m.end_epoch(0, numbers, {"train": 1, "test": 0})
     m.close()
     line = json.loads((tmp_path / "log.txt").read_text())
     assert list(line)[:4] == ["train_loss", "train_lr", "train_wd", "epoch"]
     assert (line["train_loss"], line["epoch"], line["train_nmi"]) == (2.0, 0, 0.25)
     assert line["k-NN"] == numbers and line["k-NN_unreadable"] == {"train": 1, "test": 0}
+    tags = {tag for tag in tensorboard_of(tmp_path).Tags()["scalars"] if "knn" in tag}
+    assert tags == {"epoch/knn10_top1", "epoch/knn10_top5"}
     assert line["train_wd"] == pytest.approx(0.4)
 
 

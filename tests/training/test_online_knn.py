@@ -63,7 +63,7 @@ def test_a_class_with_fewer_images_gives_all_it_has(tmp_path):
     assert all("turned by EXIF" in source.name for source in online(tmp_path / "train", exif=True).sets)
     accuracy = test()
     assert set(accuracy) == {"10", "20"} and all(0 <= value <= 100 for value in accuracy["10"].values())
-    assert list(accuracy["10"]) == ["top1", "top5"]
+    assert list(accuracy["10"]) == ["top1", "top5", "neighbours"] and accuracy["10"]["neighbours"] == 9
 
 
 def test_a_subset_of_the_training_images_is_all_the_bank_knows(tmp_path):
@@ -148,6 +148,14 @@ def test_where_nothing_can_be_read_it_is_off_and_training_goes_on(broken, caplog
         test = broken(**bad)
         assert test.due(0) and test() == {} and not test.due(1) and test.unreadable == {}
         assert "none of its images can be read" in test.reason and test.reason in caplog.text
+
+
+def test_more_neighbours_than_there_are_is_said_once_in_a_run(broken, caplog):
+    caplog.set_level("INFO", "tutelage")
+    test = broken(nb_knn=[5, 200])
+    assert test() == test() and test()["200"]["neighbours"] == 24
+    assert caplog.text.count("online k-NN: k = 200: all 24 images of the bank vote") == 1
+    assert "(24 neighbours: all there are)" in caplog.text
 
 
 def test_a_folder_that_was_named_and_cannot_be_used_is_refused(tmp_path):
