@@ -6,7 +6,7 @@ import torch
 
 from data.decode import reading_from
 from evaluation.sets import Sets, open_train_and_test
-from models import ALIASES, is_swin, is_vision_transformer
+from models import ALIASES, VIT, family_of
 from models.adapt import load_to_finetune
 from models.checkpoints import Network, choose_architecture
 from models.finetuned import build_finetuned
@@ -22,15 +22,11 @@ def build_network(args: argparse.Namespace) -> tuple[Network, Sets]:
         recorded = info.arguments
     sets = build_sets(args, recorded.get("global_crops_size"))
     arch, arguments = architecture(args, state, info)
-    backbone = {name: arguments[name] for name in ("patch_size", "window_size") if name in arguments}
-    backbone["drop_path_rate"] = args.drop_path
-    if is_swin(arch):
-        if args.drop or args.attn_drop_rate:
-            raise UsageError(
-                f"--drop {args.drop:g} --attn_drop_rate {args.attn_drop_rate:g}: not for a Swin; leave out"
-            )
-    elif sets.crop_size % arguments["patch_size"]:
-        raise UsageError(f"--input_size {sets.crop_size}: patches of {arguments['patch_size']} pixels do not cover it")
+    family = family_of(arch)
+    backbone = family.arguments(arguments) | {"drop_path_rate": args.drop_path}
+    if family is not VIT and (args.drop or args.attn_drop_rate):
+        raise UsageError(f"--drop {args.drop:g} --attn_drop_rate {args.attn_drop_rate:g}: not for {arch}; leave out")
+    family.check_size("--input_size", sets.crop_size, arguments)
     transformer = {
         "img_size": sets.crop_size,
         "num_registers": arguments.get("num_registers", 0),
@@ -69,9 +65,7 @@ def architecture(args: argparse.Namespace, state: dict, info: object) -> tuple[s
     if info is not None:
         return choose_architecture(state, info, arch, patch_size, args.window_size)
     arch = arch or "vit_small"
-    if is_vision_transformer(arch):
-        return arch, {"patch_size": patch_size or 16}
-    return arch, {"patch_size": patch_size or 4, "window_size": args.window_size or 7}
+    return arch, family_of(arch).arguments({"patch_size": patch_size, "window_size": args.window_size})
 
 
 def build_sets(args: argparse.Namespace, recorded_size: object) -> Sets:

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from evaluation.features import CLASS_TOKENS, CLS, INTERLEAVED, MEAN, OUTPUT, POOLINGS, Feature
-from models import ALIASES, build_backbone, is_swin, is_vision_transformer
+from models import ALIASES, build_backbone, family_of
 from models.checkpoints import Network, network_from_file
 from utils import BACKENDS, UsageError, log
 
@@ -117,15 +117,8 @@ def network_from_options(args: argparse.Namespace) -> Network:
         for note in info.notes:
             log.info(f"{info.path}: {note}")
         return network
-    arch, arguments = ALIASES.get(args.arch, args.arch) or "vit_small", {}
-    if is_vision_transformer(arch):
-        arguments = {"patch_size": args.patch_size or 16}
-        if 224 % arguments["patch_size"]:
-            raise UsageError(
-                f"--patch_size {args.patch_size}: must divide 224, the size at which positions are laid out"
-            )
-    if is_swin(arch):
-        arguments = {"patch_size": args.patch_size or 4, "window_size": args.window_size or 7}
+    arch = ALIASES.get(args.arch, args.arch) or "vit_small"
+    arguments = family_of(arch).arguments(vars(args))
     log.warning(
         f"NO --pretrained_weights: {arch} WITH RANDOM WEIGHTS IS EVALUATED; its numbers say nothing of training"
     )

@@ -31,7 +31,7 @@ from methods.masking import (
     mask_ratio,
 )
 from methods.multicrop import multi_crop_views
-from models import is_vision_transformer
+from models import families_that, family_of
 from randomness import counted_seed, counted_uniforms
 from utils import UsageError
 
@@ -134,10 +134,10 @@ def hint_counts(tokens: int, show_max: float, ratio: float) -> tuple[int, int]:
 
 def check_attention_arguments(args: argparse.Namespace) -> None:
     """Raises UsageError for masks that attention cannot give."""
-    if not is_vision_transformer(args.arch):
+    if not family_of(args.arch).class_attention:
         raise UsageError(
             f"--arch {args.arch} --pred_shape {args.pred_shape}: masks follow the attention of a class token, which "
-            f"{args.arch} has not; pass a vision transformer (vit_*)"
+            f"{args.arch} has not; pass a {families_that(lambda family: family.class_attention)}"
         )
     if not args.use_masked_im_modeling:
         raise UsageError(

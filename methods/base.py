@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from models import is_swin
+from models import family_of
 from randomness import counted_uniforms
 
 
@@ -158,4 +158,4 @@ def ema_update_(
 
 def backbone_arguments(args: argparse.Namespace) -> dict:
     """What ``build_backbone`` has to be told, besides the architecture, for student and teacher alike."""
-    return {"patch_size": args.patch_size} | ({"window_size": args.window_size} if is_swin(args.arch) else {})
+    return family_of(args.arch).arguments(vars(args))

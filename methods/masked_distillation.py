@@ -24,7 +24,7 @@ from methods.distillation import cross_view_loss, masked_patch_loss, teacher_pro
 from methods.heads import ACTIVATIONS, NORMS, IBOTHead
 from methods.multicrop import MultiCropNetwork, add_crop_arguments, check_crop_arguments
 from methods.teacher import PrototypeMethod, add_teacher_arguments, check_teacher_arguments
-from models import build_backbone, mask_unit
+from models import build_backbone, families_that, family_of
 from models.swin import DEFAULT_DROP_PATH
 from models.vit import group_by_size
 from utils import UsageError, bool_flag, log, warmup_scheduler
@@ -311,9 +311,11 @@ def mask_grid(args: argparse.Namespace) -> tuple[int, int]:
     """Rows and columns of a global crop's mask. Raises UsageError for a backbone without patches, and for crops that
     are no whole number of a mask's cells.
     """
-    unit = mask_unit(args.arch, args.patch_size)
-    if unit is None:
-        raise UsageError(f"--arch {args.arch}: {args.method} predicts patches; pass a vit_* or swin_*")
+    family = family_of(args.arch)
+    if not family.hides_patches:
+        known = families_that(lambda family: family.hides_patches)
+        raise UsageError(f"--arch {args.arch}: {args.method} predicts patches; pass a {known}")
+    unit = family.pixels_per_token(family.arguments(vars(args)))
     if args.global_crops_size % unit:
         near = args.global_crops_size - args.global_crops_size % unit
         raise UsageError(

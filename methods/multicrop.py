@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from data.views import MultiCropViews
-from models import is_swin, is_vision_transformer
+from models import family_of
 from models.vit import group_by_size
 from utils import UsageError
 
@@ -27,7 +27,7 @@ def check_crop_arguments(args: argparse.Namespace) -> None:
     if args.local_crops_number < 0:
         raise UsageError(f"--local_crops_number {args.local_crops_number}: must be 0 (two views) or more")
     kinds = ("global", "local") if args.local_crops_number else ("global",)
-    patched = is_vision_transformer(args.arch) or is_swin(args.arch)
+    family = family_of(args.arch)
     for kind in kinds:
         low, high = getattr(args, f"{kind}_crops_scale")
         if not 0 < low <= high <= 1:
@@ -35,14 +35,7 @@ def check_crop_arguments(args: argparse.Namespace) -> None:
         size = getattr(args, f"{kind}_crops_size")
         if size < 1:
             raise UsageError(f"--{kind}_crops_size {size}: must be at least 1 pixel")
-        if patched and size < args.patch_size:
-            raise UsageError(f"--{kind}_crops_size {size} is smaller than one patch of {args.patch_size} pixels")
-        if patched and size % args.patch_size:
-            near = size - size % args.patch_size
-            raise UsageError(
-                f"--patch_size {args.patch_size} does not divide --{kind}_crops_size {size}; "
-                f"nearest {near} or {near + args.patch_size}"
-            )
+        family.check_size(f"--{kind}_crops_size", size, family.arguments(vars(args)))
 
 
 def multi_crop_views(args: argparse.Namespace) -> MultiCropViews:

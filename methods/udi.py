@@ -31,7 +31,7 @@ from methods.heads import DINOHead
 from methods.multicrop import add_crop_arguments, check_crop_arguments
 from methods.srs import SampledBackbone
 from methods.teacher import PrototypeMethod, add_teacher_arguments, check_teacher_arguments
-from models import build_backbone, is_vision_transformer
+from models import build_backbone, families_that, family_of
 from utils import UsageError, bool_flag, warmup_scheduler
 
 MEAN_EPS = 1e-5
@@ -87,10 +87,9 @@ class UDI(PrototypeMethod):
     def check_arguments(args: argparse.Namespace) -> None:
         if args.out_dim < 1:
             raise UsageError(f"--out_dim {args.out_dim}: a head needs at least one prototype (the default is 65536)")
-        if not is_vision_transformer(args.arch):
-            raise UsageError(
-                f"--arch {args.arch}: udi needs class tokens and patches; pass a vision transformer (vit_*)"
-            )
+        if not family_of(args.arch).class_attention:
+            known = families_that(lambda family: family.class_attention)
+            raise UsageError(f"--arch {args.arch}: udi needs class tokens and patches; pass a {known}")
         if args.number_cls_token not in (1, 2):
             raise UsageError(f"--number_cls_token {args.number_cls_token}: there are one (cls) or two (and cls+)")
         if not args.include_patch and args.number_cls_token == 2:

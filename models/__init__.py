@@ -1,56 +1,140 @@
-"""Backbones. ``build_backbone`` is the door: every other room asks it for a network by name."""
+"""Backbones. ``build_backbone`` is the door: every other room asks it for a network by name.
+
+What other rooms have to know of a kind of networks stands in its row of FAMILIES, and nowhere else; so a further kind
+is a row, and the file of its networks. What the libraries bring has no row: LIBRARY answers for it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch.nn as nn
 
 from models import library, swin, vit
+from models.layouts.names import State
+from models.layouts.shapes import swin_arguments, vit_arguments
 from utils import UsageError
 
-VITS = {name: getattr(vit, name) for name in ("vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large")}
-SWINS = {name: getattr(swin, name) for name in swin.DEFAULT_DROP_PATH}
+IMAGE_SIZE = 224  # at which positions and windows are laid out, unless a file says otherwise
 ALIASES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}
+
+
+def any_size(option: str, size: int, arguments: Mapping[str, int]) -> None:
+    """Images of every size will do."""
+
+
+def whole_patches(option: str, size: int, arguments: Mapping[str, int]) -> None:
+    """Raises UsageError for images that patches do not cover."""
+    patch = arguments["patch_size"]
+    if size < patch:
+        raise UsageError(f"{option} {size} is smaller than one patch of {patch} pixels")
+    if size % patch:
+        near = size - size % patch
+        raise UsageError(f"--patch_size {patch} does not divide {option} {size}; nearest {near} or {near + patch}")
+
+
+def any_patch(arguments: Mapping[str, int]) -> None:
+    """There are no patches to be wrong."""
+
+
+def positions_fit(arguments: Mapping[str, int]) -> None:
+    """Raises UsageError for patches that do not divide the size at which positions are laid out."""
+    patch, side = arguments["patch_size"], arguments.get("img_size", IMAGE_SIZE)
+    if patch < 1 or side % patch:
+        usual = ", ".join(str(size) for size in (8, 14, 16, 32) if side % size == 0)
+        raise UsageError(
+            f"--patch_size {patch} does not divide {side} pixels, at which positions are laid out"
+            + (f"; these do: {usual}" if usual else "")
+        )
+
+
+def patches_of_four(arguments: Mapping[str, int]) -> None:
+    """Raises UsageError for patches that no Swin has: masks and merging count on those of 4 pixels."""
+    patch, wanted = arguments["patch_size"], swin.PATCH_SIZE
+    if patch != wanted:
+        raise UsageError(f"--patch_size {patch}: Swin's patches are {wanted} pixels; pass --patch_size {wanted}")
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """Networks of one kind. ``arguments``, here and below: of a constructor, options and what a file says."""
+
+    name: str
+    networks: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict)  # --arch -> constructor
+    options: Mapping[str, int] = field(default_factory=dict)  # that a constructor reads -> what they are if left out
+    check_patch: Callable[[Mapping[str, int]], None] = any_patch
+    check_size: Callable[[str, int, Mapping[str, int]], None] = any_size  # of images that an option asks for
+    pixels_per_token: Callable[[Mapping[str, int]], int] | None = None  # of the tokens of the last block; None: unknown
+    hides_patches: bool = False  # whether a student can be shown images with masks, whose cells are those tokens
+    class_attention: bool = False  # whether there are class tokens, which attend to every patch
+    shapes: Callable[[State], dict | None] = lambda state: None  # arguments that the tensors of a file show
+    from_file: tuple[str, ...] = ()  # those of them that a network is built with, whatever its options are
+
+    def arguments(self, given: Mapping[str, object]) -> dict[str, int]:
+        """The options among ``given``, and those left out."""
+        found = {name: given.get(name) for name in self.options}
+        return {name: self.options[name] if value is None else value for name, value in found.items()}
+
+
+VIT = Family(
+    name="vit",
+    networks={name: getattr(vit, name) for name in ("vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large")},
+    options={"patch_size": 16},
+    check_patch=positions_fit,
+    check_size=whole_patches,
+    pixels_per_token=lambda arguments: arguments["patch_size"],
+    hides_patches=True,
+    class_attention=True,
+    shapes=vit_arguments,
+    from_file=("img_size", "init_values", "num_class_tokens", "num_registers", "use_mean_pooling"),
+)
+SWIN = Family(
+    name="swin",
+    networks={name: getattr(swin, name) for name in swin.DEFAULT_DROP_PATH},
+    options={"patch_size": swin.PATCH_SIZE, "window_size": 7},
+    check_patch=patches_of_four,
+    check_size=whole_patches,
+    pixels_per_token=lambda arguments: swin.MASK_UNIT,
+    hides_patches=True,
+    shapes=swin_arguments,
+)
+FAMILIES = (VIT, SWIN)
+LIBRARY = Family(name="library")  # torchvision's and timm's: they read no option of ours, and pool to a vector
+
+
+def family_of(arch: str) -> Family:
+    """The family of a name; LIBRARY for what is none of ours, known or not."""
+    arch = ALIASES.get(arch, arch)
+    return next((family for family in FAMILIES if arch in family.networks), LIBRARY)
+
+
+def families_that(answer: Callable[[Family], object]) -> str:
+    """For messages: ``vit_* or swin_*``, the families of ours of which ``answer`` is true."""
+    return " or ".join(f"{family.name}_*" for family in FAMILIES if answer(family))
+
+
+def our_names() -> list[str]:
+    return [name for family in FAMILIES for name in family.networks]
 
 
 def backbone_names() -> list[str]:
     """Names that ``build_backbone`` takes, besides ``timm/<name>``."""
-    return [*VITS, *SWINS, *ALIASES, *library.torchvision_names()]
+    return [*our_names(), *ALIASES, *library.torchvision_names()]
 
 
-def is_vision_transformer(arch: str) -> bool:
-    """Whether the name stands for a plain transformer of ours, of which every patch size exists."""
-    return ALIASES.get(arch, arch) in VITS
-
-
-def is_swin(arch: str) -> bool:
-    """Whether the name stands for a Swin transformer of ours, so that ``window_size`` means something."""
-    return arch in SWINS
-
-
-def mask_unit(arch: str, patch_size: int) -> int | None:
-    """Pixels per cell of a mask: a patch, of a Swin a token of its last stage; None for networks without masks."""
-    if is_swin(arch):
-        return swin.MASK_UNIT
-    return patch_size if is_vision_transformer(arch) else None
-
-
-def check_swin_patch(patch_size: int) -> None:
-    """Raises UsageError for patches that no Swin has: masks and merging count on those of 4 pixels."""
-    wanted = swin.PATCH_SIZE
-    if patch_size != wanted:
-        raise UsageError(f"--patch_size {patch_size}: Swin's patches are {wanted} pixels; pass --patch_size {wanted}")
+def unread_options(arch: str) -> set[str]:
+    """Options of networks that this one does not read, so that they say nothing of what it computes."""
+    return {name for family in FAMILIES for name in family.options} - set(family_of(arch).options)
 
 
 def build_backbone(arch: str, patch_size: int | None = None, drop_path_rate: float = 0.0, **kwargs) -> nn.Module:
     """A network without classifier: images (batch, 3, height, width) -> features (batch, ``embed_dim``).
 
-    ``arch``: a vision transformer or Swin of ours, a torchvision classifier, or ``timm/<name>``. ``patch_size`` (left
-    out: 16, of a Swin 4) and further arguments concern our transformers only. Raises UsageError for an unknown name.
+    ``arch``: a name of one of our families, a torchvision classifier, or ``timm/<name>``. ``patch_size`` (left out:
+    the family's) and further arguments concern our networks only. Raises UsageError for an unknown name.
     """
-    arch = ALIASES.get(arch, arch)
-    if arch in VITS:
-        return VITS[arch](patch_size=patch_size or 16, drop_path_rate=drop_path_rate, **kwargs)
-    if arch in SWINS:
-        check_swin_patch(patch_size or swin.PATCH_SIZE)
-        return SWINS[arch](drop_path_rate=drop_path_rate, **kwargs)
-    if arch.startswith("timm/"):
-        return library.timm_backbone(arch.removeprefix("timm/"), drop_path_rate)
-    return library.torchvision_backbone(arch, backbone_names())
+    family = family_of(arch)
+    if family is LIBRARY:
+        return library.build(arch, drop_path_rate, backbone_names())
+    arguments = kwargs | family.arguments({"patch_size": patch_size} | kwargs)
+    family.check_patch(arguments)
+    return family.networks[ALIASES.get(arch, arch)](drop_path_rate=drop_path_rate, **arguments)

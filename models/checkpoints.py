@@ -20,9 +20,9 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from models import ALIASES, VITS, backbone_names, build_backbone, is_swin, is_vision_transformer
+from models import ALIASES, FAMILIES, VIT, backbone_names, build_backbone, family_of
 from models.layouts.names import NOT_NEEDED, State, grouped, plain_names, to_timm
-from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, remedy, swin_arguments, vit_arguments
+from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, remedy, vit_arguments
 from models.reading import Info, read_backbone
 from models.safe_load import CheckpointError
 from models.vit import VisionTransformer
@@ -165,9 +165,8 @@ def choose_architecture(
 
     Raises CheckpointError when none of these names a network.
     """
-    shape, recorded = vit_arguments(state), info.arguments.get("arch")
-    swin_shape = swin_arguments(state)
-    if arch is None and (shape or swin_shape) and not str(recorded).startswith("timm/"):
+    recorded = info.arguments.get("arch")
+    if arch is None and any(f.shapes(state) for f in FAMILIES) and not str(recorded).startswith("timm/"):
         arch = arch_of(state)
     elif arch is None and isinstance(recorded, str):
         if recorded not in backbone_names() and not recorded.startswith("timm/"):
@@ -177,24 +176,22 @@ def choose_architecture(
         arch = recorded
     if arch is None:
         raise CheckpointError(f"{info.where}: holds a {describe(state)}; {remedy(state)}")
-    if is_swin(arch):
-        own = swin_shape or {"patch_size": 4, "window_size": 7}
-        return arch, {"patch_size": patch_size or own["patch_size"], "window_size": window_size or own["window_size"]}
-    if not is_vision_transformer(arch):
-        return arch, {}
-    names = ("patch_size", "img_size", "init_values", "num_class_tokens", "num_registers", "use_mean_pooling")
-    arguments = {name: shape[name] for name in names} if shape else {"patch_size": 16}
-    if info.norm_eps != 1e-6:
-        arguments["norm_eps"] = info.norm_eps
-    heads = VITS[ALIASES.get(arch, arch)](network=dict)["num_heads"]
-    if info.arguments.get("num_attention_heads", heads) != heads:
-        raise CheckpointError(
-            f"{info.path}: has {info.arguments['num_attention_heads']:g} heads of attention, {arch} has {heads}"
-        )
-    if patch_size is not None:
-        side = shape["img_size"] // shape["patch_size"] if shape else 224 // patch_size
-        arguments |= {"patch_size": patch_size, "img_size": side * patch_size}
-    return ALIASES.get(arch, arch), arguments
+    family, name = family_of(arch), ALIASES.get(arch, arch)
+    shape = family.shapes(state) or {}
+    asked = {"patch_size": patch_size, "window_size": window_size}
+    arguments = family.arguments(shape | {name: value for name, value in asked.items() if value is not None})
+    arguments |= {name: shape[name] for name in family.from_file if shape}
+    if "img_size" in arguments:  # as many positions as the file has, whatever patches are asked for
+        arguments["img_size"] = shape["img_size"] // shape["patch_size"] * arguments["patch_size"]
+    if family is VIT:  # what no tensor shows
+        if info.norm_eps != 1e-6:
+            arguments["norm_eps"] = info.norm_eps
+        heads = VIT.networks[name](network=dict)["num_heads"]
+        if info.arguments.get("num_attention_heads", heads) != heads:
+            raise CheckpointError(
+                f"{info.path}: has {info.arguments['num_attention_heads']:g} heads of attention, {arch} has {heads}"
+            )
+    return name, arguments
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models import ALIASES, SWINS, VITS, check_swin_patch, is_swin
+from models import ALIASES, SWIN, VIT, family_of
 from models.blocks import Attention, attention_weights
-from models.swin import PATCH_SIZE, SwinTransformer, relative_position_index
+from models.swin import SwinTransformer, relative_position_index
 from models.vit import VisionTransformer
 from utils import UsageError
 
@@ -208,16 +208,18 @@ def layer_decay_groups(
 # By name
 # ---------------------------------------------------------------------------------------------------------------------
 
+FORMS = {VIT: FinetunedTransformer, SWIN: FinetunedSwin}
+
 
 def build_finetuned(arch: str, num_classes: int, init_scale: float, backbone: dict, transformer: dict) -> nn.Module:
     """``arch`` with a head. ``backbone``: arguments of the architecture; ``transformer``: further ones of a plain one.
 
     Raises UsageError for what has no form that is fine-tuned here.
     """
-    arch = ALIASES.get(arch, arch)
-    if is_swin(arch):
-        check_swin_patch(backbone.get("patch_size", PATCH_SIZE))
-        return SWINS[arch](FinetunedSwin, num_classes=num_classes, init_scale=init_scale, **backbone)
-    if arch not in VITS:
-        raise UsageError(f"--model {arch}: fine-tuned are {', '.join((*VITS, *SWINS))}")
-    return VITS[arch](FinetunedTransformer, num_classes=num_classes, init_scale=init_scale, **backbone | transformer)
+    family = family_of(arch)
+    if family not in FORMS:
+        known = ", ".join(name for form in FORMS for name in form.networks)
+        raise UsageError(f"--model {arch}: fine-tuned are {known}")
+    family.check_patch(arguments := backbone | (transformer if family is VIT else {}))
+    constructor = family.networks[ALIASES.get(arch, arch)]
+    return constructor(FORMS[family], num_classes=num_classes, init_scale=init_scale, **arguments)

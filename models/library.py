@@ -9,6 +9,13 @@ import torch.nn as nn
 from utils import UsageError, nearest
 
 
+def build(arch: str, drop_path_rate: float, valid: list[str]) -> nn.Module:
+    """``timm/<name>``, or one of torchvision's; ``valid``: the names to choose the nearest from."""
+    if arch.startswith("timm/"):
+        return timm_backbone(arch.removeprefix("timm/"), drop_path_rate)
+    return torchvision_backbone(arch, valid)
+
+
 def torchvision_names() -> list[str]:
     from torchvision import models
 

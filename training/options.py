@@ -10,7 +10,7 @@ from data.decode import add_reading_arguments
 from evaluation.network import add_feature_arguments
 from methods import METHODS, method_class
 from methods.base import Method
-from models import SWINS, VITS, backbone_names, check_swin_patch, is_swin, is_vision_transformer
+from models import LIBRARY, backbone_names, family_of, our_names
 from training.optim import OPTIMIZERS
 from training.presets import nearest_preset, read_preset
 from utils import BACKENDS, PRECISIONS, Parser, UsageError, World, bool_flag, check_writable, has_bf16, nearest
@@ -43,7 +43,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     own = parser.add_argument_group(f"the method ({method.name})")
 
     add = parser.add_argument_group("backbone").add_argument
-    add("--arch", default="vit_small", help=f"{', '.join((*VITS, *SWINS))}, a torchvision resnet, or timm/<name>")
+    add("--arch", default="vit_small", help=f"{', '.join(our_names())}, a torchvision resnet, or timm/<name>")
     add("--patch_size", default=16, type=int, help="pixels; transformers only. 8 is better and slower than 16; Swin: 4")
     add("--window_size", default=7, type=int, help="patches along a side of Swin's windows; EsViT also has 14")
     add("--drop_path_rate", "--drop_path", default=0.1, type=float, help="stochastic depth of the student's last block")
@@ -193,12 +193,10 @@ def check_options(args: argparse.Namespace, world: World) -> None:
 
 
 def _check_arch(args: argparse.Namespace) -> None:
-    if not args.arch.startswith("timm/") and args.arch not in backbone_names():
+    family = family_of(args.arch)
+    if family is LIBRARY and not args.arch.startswith("timm/") and args.arch not in backbone_names():
         raise UsageError(f"--arch {args.arch}: unknown architecture{nearest(args.arch, backbone_names())}")
-    if is_vision_transformer(args.arch) and 224 % args.patch_size:
-        raise UsageError(f"--patch_size {args.patch_size} does not divide 224 pixels; 8, 14, 16 and 32 do")
-    if is_swin(args.arch):
-        check_swin_patch(args.patch_size)
+    family.check_patch(family.arguments(vars(args)))
 
 
 def _check_knn(args: argparse.Namespace) -> None:

@@ -129,7 +129,7 @@ def test_a_swin_is_fine_tuned(tune, tmp_path):
     code, said, error = tune("--finetune", tmp_path / "swin.pth", "--batch_size", 18, "--subset", 3, epochs=1)
     assert code == 0 and "left as initialised: head.* (2)" in said, error
     code, _, error = tune("--finetune", tmp_path / "swin.pth", "--drop", 0.1, out="other")
-    assert code == 2 and "Swin" in error
+    assert code == 2 and "not for swin_tiny" in error
 
 
 def test_another_run_in_the_same_folder_is_refused_with_every_difference(tune, tmp_path):

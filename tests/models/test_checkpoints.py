@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from models import SWINS, build_backbone, swin, vit
+from models import SWIN, build_backbone, swin, vit
 from models.checkpoints import load_backbone, load_tensors, main, network_from_file, weights_hash
 from models.layouts.names import to_timm
 from models.layouts.shapes import NAME_OF_SHAPE, SWIN_OF_SHAPE, describe, nearest_layout, swin_arguments, vit_arguments
@@ -422,7 +422,7 @@ def test_names_of_swins_agree_with_the_models():
     for (width, depths), name in SWIN_OF_SHAPE.items():
         made = getattr(swin, name)(network=dict)
         assert (made["embed_dim"], made["depths"]) == (width, depths)
-    assert list(SWIN_OF_SHAPE.values()) == list(SWINS)
+    assert list(SWIN_OF_SHAPE.values()) == list(SWIN.networks)
 
 
 @pytest.mark.parametrize("name", ["checkpoint_full_namespace.pth", "checkpoint_plain.pth"])

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from methods.base import Clock
-from models import SWINS, build_backbone
+from models import SWIN, build_backbone
 from models.swin import DEFAULT_DROP_PATH, SwinTransformer, shift_mask
 from utils import UsageError
 
@@ -182,7 +182,7 @@ def test_parameters_are_as_many_as_published(arch, window, parameters, monkeypat
 
 
 def test_every_architecture_has_the_drop_path_it_was_published_with():
-    assert list(DEFAULT_DROP_PATH) == list(SWINS)
+    assert list(DEFAULT_DROP_PATH) == list(SWIN.networks)
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
