@@ -37,7 +37,7 @@ from training.dry_run import dry_run
 from training.monitor import Monitor
 from training.online_knn import OnlineKNN
 from training.optim import build_optimizer, optimizer_step, set_schedules
-from training.options import check_options, compare_with_presets, parse_options
+from training.options import check_options, compare_with_presets, options_named, parse_options
 from training.preview import attention_pictures, first_batch
 from training.pseudo_labels import PseudoLabels
 from utils import (
@@ -305,8 +305,7 @@ def main() -> int:
     args = parse_options(sys.argv[1:])
     world = init_world(args.device, args.dist_url, args.backend)
     if args.replay:
-        words = {word.split("=")[0] for word in sys.argv}
-        given = {name: getattr(args, name) for name in ("data_path", "split", "precision") if f"--{name}" in words}
+        given = options_named(args, ("data_path", "split", "precision"), sys.argv[1:])
         return replay(Path(args.replay), given, world)
     check_options(args, world)
     prepare_device(args, world)

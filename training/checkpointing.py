@@ -156,7 +156,7 @@ def _refuse_another_run(run, path: Path, state: dict, ours: dict) -> None:
 
 def _differing_options(args: argparse.Namespace, saved: dict) -> list[str]:
     """An option that did not exist when the checkpoint was written had what is its default now."""
-    theirs = trajectory_options(parse_options(["--method", args.method])) | saved
+    theirs = trajectory_options(parse_options(["--method", args.method, "--arch", args.arch])) | saved
     return [f"--{k}: {theirs[k]} there, {v} here" for k, v in trajectory_options(args).items() if theirs[k] != v]
 
 

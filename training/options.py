@@ -10,7 +10,7 @@ from data.decode import add_reading_arguments
 from evaluation.network import add_feature_arguments
 from methods import METHODS, method_class
 from methods.base import Method
-from models import LIBRARY, backbone_names, family_of, our_names
+from models import LIBRARY, backbone_names, family_of, our_names, unread_options
 from training.optim import OPTIMIZERS
 from training.presets import nearest_preset, read_preset
 from utils import BACKENDS, PRECISIONS, Parser, UsageError, World, bool_flag, check_writable, has_bf16, nearest
@@ -44,14 +44,14 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("backbone").add_argument
     add("--arch", default="vit_small", help=f"{', '.join(our_names())}, a torchvision resnet, or timm/<name>")
-    add("--patch_size", default=16, type=int, help="pixels; transformers only. 8 is better and slower than 16; Swin: 4")
+    add("--patch_size", type=int, help="pixels; left out: 16, of a Swin 4. 8 is better and slower than 16")
     add("--window_size", default=7, type=int, help="patches along a side of Swin's windows; EsViT also has 14")
     add("--drop_path_rate", "--drop_path", default=0.1, type=float, help="stochastic depth of the student's last block")
 
     group = parser.add_argument_group("data")
     add = group.add_argument
     add(
-        "--data_path",
+        *("--data_path", "--data_dir"),
         help="folder, list (.txt) or zip of images, or a folder in a zip (images.zip/data/train); "
         "left out: the bundled photographs",
     )
@@ -76,8 +76,13 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--warmup_epochs", default=10, type=int, help="epochs of linear learning rate warm-up")
     add("--min_lr", default=1e-6, type=float, help="learning rate at the end")
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="adamw for transformers, sgd or lars for ResNets")
-    add("--weight_decay", default=0.04, type=float, help="first weight decay; a small value works well")
-    add("--weight_decay_end", default=0.4, type=float, help="final weight decay, reached by a cosine")
+    add("--weight_decay", "--wd", default=0.04, type=float, help="first weight decay; a small value works well")
+    add(
+        "--weight_decay_end",
+        default=0.4,
+        type=float,
+        help="final weight decay, reached by a cosine; where a method has no default, the first one stays",
+    )
     add("--clip_grad", default=3.0, type=float, help="largest gradient norm of a tensor; 0 clips nothing")
     add("--seed", default=0, type=int, help="of weights, order, crops and stochastic depth")
 
@@ -89,7 +94,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--deterministic", default=True, type=bool_flag, help="the same bits at every run on one kind of device")
 
     add = parser.add_argument_group("checkpoints and logs").add_argument
-    add("--saveckp_freq", default=20, type=int, help="keep a numbered checkpoint every so many epochs")
+    add("--saveckp_freq", "--saveckpt_freq", default=20, type=int, help="epochs between two numbered checkpoints")
     add("--save_every_minutes", default=30.0, type=float, help="also save within an epoch; 0 does not")
     add(
         "--load_from",
@@ -138,7 +143,24 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         raise UsageError(f"--config {early.config} is a preset of {preset.method}, not of --method {name}")
     parser = get_args_parser(method_class(name))
     preset_argv = preset.argv(parser) if preset else []
-    return parser.parse_args([*preset_argv, "--method", name, *argv])
+    args = parser.parse_args([*preset_argv, "--method", name, *argv])
+    resolve_defaults(args)
+    return args
+
+
+def resolve_defaults(args: argparse.Namespace) -> None:
+    """Replace what was left out and follows from other options by its value, in place: it is what a run records."""
+    if args.patch_size is None:
+        args.patch_size = family_of(args.arch).options.get("patch_size")
+    if args.weight_decay_end is None:
+        args.weight_decay_end = args.weight_decay
+
+
+def options_named(args: argparse.Namespace, names: tuple[str, ...], argv: list[str]) -> dict:
+    """Those of ``names``, with their values, that stand on the command line ``argv`` under any of their spellings."""
+    words = {word.split("=")[0] for word in argv}
+    actions = get_args_parser(method_class(args.method))._actions
+    return {a.dest: getattr(args, a.dest) for a in actions if a.dest in names and words & {*a.option_strings}}
 
 
 def resolve_precision(args: argparse.Namespace, device: torch.device) -> None:
@@ -163,8 +185,9 @@ def check_options(args: argparse.Namespace, world: World) -> None:
         *("saveckp_freq", "print_freq", "max_skipped", "n_last_blocks"),
     }
     for name in sorted(positive):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
+        value = getattr(args, name)
+        if value is not None and value < 1:  # None: the network has no patches
+            raise UsageError(f"--{name} {value}: must be at least 1")
     for name in ("warmup_epochs", "num_workers", "clip_grad", "knn_every", "save_every_minutes"):
         if getattr(args, name) < 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
@@ -210,10 +233,11 @@ def _check_knn(args: argparse.Namespace) -> None:
 
 def compare_with_presets(args: argparse.Namespace, world_size: int) -> list[str]:
     """What differs from the nearest preset, of the options that decide a result."""
-    ignored = FREE_OPTIONS | {"seed", "precision", "augment"}
-    return nearest_preset(args, get_args_parser(method_class(args.method)), world_size, ignored)
+    ignored = FREE_OPTIONS | unread_options(args.arch) | {"seed", "precision", "augment"}
+    return nearest_preset(args, parse_options, world_size, ignored)
 
 
 def trajectory_options(args: argparse.Namespace) -> dict:
     """The options that decide what a run computes, as plain values."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(vars(args).items()) if k not in FREE_OPTIONS}
+    free = FREE_OPTIONS | unread_options(args.arch)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(vars(args).items()) if k not in free}

@@ -1,6 +1,7 @@
 """Presets: one YAML file per published row, with the options that differ from the defaults and its result."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,13 +65,16 @@ def read_preset(path: Path) -> Preset:
 
 
 def nearest_preset(
-    args: argparse.Namespace, parser: argparse.ArgumentParser, world_size: int, ignored: set[str]
+    args: argparse.Namespace, parse: Callable[[list[str]], argparse.Namespace], world_size: int, ignored: set[str]
 ) -> list[str]:
-    """Lines that say which preset of the method is nearest, what it reached, and every option that differs from it."""
+    """Lines that say which preset of the method is nearest, what it reached, and every option that differs from it.
+
+    ``parse``: a command line -> options, as those of the run were made.
+    """
     best: tuple[int, Preset, list[str]] | None = None
     for path in sorted((CONFIGS / args.method).glob("*.yaml")):
         preset = read_preset(path)
-        theirs = vars(parser.parse_args([*preset.argv(parser), "--method", args.method]))
+        theirs = vars(parse(["--method", args.method, "--config", str(path)]))
         differences = [
             f"{name}: {_plain(getattr(args, name))} (preset {_plain(value)})"
             for name, value in theirs.items()

@@ -6,16 +6,19 @@ import torch
 import yaml
 
 from methods import METHODS
+from methods.dino import DINO
+from training.checkpointing import _differing_options
 from training.options import (
     FREE_OPTIONS,
     check_options,
     compare_with_presets,
     get_args_parser,
+    options_named,
     parse_options,
     trajectory_options,
 )
 from training.presets import CONFIGS, read_preset
-from utils import UsageError, World
+from utils import UsageError, World, cosine_scheduler
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -278,7 +281,8 @@ def test_a_faulty_preset_is_answered_with_its_line_and_key(tmp_path, text, messa
         ("--lrr 1", r"unknown option --lrr; did you mean --lr\?"),
         ("--lr much", "invalid float value: 'much'"),
         ("--patch_size 15", "--patch_size 15 does not divide 224"),
-        ("--arch swin_tiny", "--patch_size 16: Swin's patches are 4 pixels; pass --patch_size 4"),
+        ("--arch swin_tiny --patch_size 16", "--patch_size 16: Swin's patches are 4 pixels; pass --patch_size 4"),
+        ("--patch_size 0", "--patch_size 0: must be at least 1"),
         ("--arch swin_tiny --patch_size 4 --local_crops_size 94", "does not divide --local_crops_size 94; nearest 92"),
         ("--arch swin_tiny --patch_size 4 --window_size 0", "--window_size 0: must be at least 1"),
         ("--patch_size 16 --local_crops_size 40", "does not divide --local_crops_size 40; nearest 32 or 48"),
@@ -305,7 +309,6 @@ def test_a_faulty_preset_is_answered_with_its_line_and_key(tmp_path, text, messa
         ("--method attmask --pred_shape hint", "argument --pred_shape: invalid choice: 'hint'"),
         ("--method ibot --pred_start_epoch -1", "--pred_start_epoch -1: must not be negative"),
         ("--method ibot --pred_start_epoch 71", "together longer than --epochs 100"),
-        ("--method ibot --arch swin_tiny --shared_head true", "--patch_size 16: Swin's patches are 4 pixels"),
         (
             "--method ibot --arch swin_tiny --patch_size 4 --shared_head true --global_crops_size 200",
             "a mask of swin_tiny has cells of 32 pixels; nearest 192 or 224",
@@ -371,9 +374,85 @@ def test_what_decides_which_pixels_are_seen_is_of_the_run(argv):
     assert trajectory_options(parse_options([])) != trajectory_options(parse_options(argv.split()))
 
 
-def test_options_have_the_names_of_several_originals():
+def test_options_have_the_names_of_several_originals(tmp_path):
     args = parse_options(["--eval_every", "20", "--nb_knn", "10", "20", "100", "200", "--drop_path", "0.2"])
     assert (args.knn_every, args.nb_knn, args.drop_path_rate) == (20, [10, 20, 100, 200], 0.2)
+    args = parse_options(["--data_dir", "images", "--wd", "0.03", "--saveckpt_freq", "5"])
+    assert (args.data_path, args.weight_decay, args.saveckp_freq) == ("images", 0.03, 5)
+    said = get_args_parser(METHODS["dino"]).format_help()
+    assert all(f" {spelling} " in said for spelling in ("--data_dir", "--wd", "--saveckpt_freq"))
+    preset = tmp_path / "alias.yaml"
+    preset.write_text("wd: 0.03\n")
+    with pytest.raises(UsageError, match="line 1: unknown option 'wd'"):  # presets keep to one name
+        parse_options(["--config", str(preset)])
+
+
+def test_options_that_are_named_are_found_under_every_spelling():
+    names = ("data_path", "precision")
+    for argv in (["--data_path", "a"], ["--data_dir", "a"], ["--data_dir=a", "--lr", "1"]):
+        assert options_named(parse_options(argv), names, argv) == {"data_path": "a"}
+    argv = ["--data_dir", "a", "--precision", "fp64"]
+    assert options_named(parse_options(argv), names, argv) == {"data_path": "a", "precision": "fp64"}
+    assert options_named(parse_options([]), names, []) == {}
+
+
+@pytest.mark.parametrize(
+    ("argv", "patch_size"),
+    [("", 16), ("--arch deit_tiny", 16), ("--arch swin_tiny", 4), ("--arch resnet50", None), ("--patch_size 8", 8)],
+)
+def test_patches_left_out_are_those_of_the_architecture(argv, patch_size):
+    args = parse_options(argv.split())
+    assert args.patch_size == patch_size  # and so in the checkpoint
+    check_options(args, ALONE)
+
+
+def test_swins_train_without_a_word_about_their_patches():
+    for method in ("dino", "ibot"):
+        argv = ["--method", method, "--arch", "swin_tiny", *(["--shared_head", "true"] if method == "ibot" else [])]
+        short, long = parse_options(argv), parse_options([*argv, "--patch_size", "4"])
+        assert trajectory_options(short) == trajectory_options(long)
+        check_options(short, ALONE)
+    preset = CONFIGS / "ibot" / "swin_tiny_w14_ep300.yaml"
+    argv = PUBLISHED["ibot/swin_tiny_w14_ep300"].replace("--patch_size 4", "").split()
+    lines = compare_with_presets(parse_options(["--method", "ibot", *argv]), world_size=gpus_of(preset))
+    assert "swin_tiny_w14" in lines[0] and lines[1:] == ["  no option differs"]
+
+
+def recorded_of(*argv):
+    """The options as a checkpoint has them."""
+    args = vars(parse_options(list(argv)))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in args.items()}
+
+
+def test_a_run_recorded_with_an_option_that_its_network_does_not_read_continues():
+    for arch, unread in (("resnet50", {"patch_size": 16, "window_size": 7}), ("vit_small", {"window_size": 7})):
+        recorded = recorded_of("--arch", arch) | unread
+        assert _differing_options(parse_options(["--arch", arch, "--window_size", "14"]), recorded) == []
+    recorded = recorded_of() | {"patch_size": 16}
+    assert _differing_options(parse_options([]), recorded) == []
+    eight = parse_options(["--patch_size", "8"])
+    assert _differing_options(eight, recorded) == ["--patch_size: 16 there, 8 here"]
+    recorded = recorded_of("--arch", "swin_tiny")
+    del recorded["window_size"]  # written before there was this option
+    wide = parse_options(["--arch", "swin_tiny", "--window_size", "14"])
+    assert _differing_options(wide, recorded) == ["--window_size: 7 there, 14 here"]
+
+
+def test_weight_decay_stays_what_it_is_where_a_method_has_no_other_end(monkeypatch):
+    class Constant(DINO):
+        @staticmethod
+        def add_arguments(parser):
+            DINO.add_arguments(parser)
+            parser.set_defaults(weight_decay=0.03, weight_decay_end=None)
+
+    monkeypatch.setitem(METHODS, "dino", Constant)
+    assert "the first one stays (default" not in " ".join(get_args_parser(Constant).format_help().split())
+    for argv, ends in (("", (0.03, 0.03)), ("--wd 0.2", (0.2, 0.2)), ("--weight_decay_end 0.1", (0.03, 0.1))):
+        args = parse_options(argv.split())
+        assert (args.weight_decay, args.weight_decay_end) == ends
+        check_options(args, ALONE)
+    values = cosine_scheduler(args.weight_decay, args.weight_decay, 3, 7)
+    assert (values == args.weight_decay).all()
 
 
 def test_a_method_may_set_other_defaults_of_shared_options():
