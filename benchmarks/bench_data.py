@@ -7,6 +7,7 @@ The images are JPEG files of 500 x 375 pixels (ImageNet's usual size), made from
 them, from noise with a photograph's spectrum. The numbers are medians over the rounds of processor seconds.
 """
 
+import argparse
 import io
 import platform
 import statistics
@@ -22,6 +23,7 @@ from PIL import Image, ImageOps
 
 from data.decode import decode_array, decode_pil
 from data.views import MultiCropViews
+from methods.multicrop import add_crop_arguments, multi_crop_views
 from utils import Parser, UsageError, run_cli
 
 WIDTH, HEIGHT = 500, 375
@@ -30,11 +32,8 @@ WIDTH, HEIGHT = 500, 375
 def make_parser() -> Parser:
     parser = Parser(description="Images per second and core of both augmentation paths.")
     add = parser.add_argument
-    add("--global_crops_size", default=224, type=int, help="pixels")
-    add("--local_crops_size", default=96, type=int, help="pixels")
-    add("--local_crops_number", default=10, type=int, help="local crops per image, besides the two global ones")
-    add("--global_crops_scale", default=(0.4, 1.0), type=float, nargs=2, help="area share of the global crops")
-    add("--local_crops_scale", default=(0.05, 0.4), type=float, nargs=2, help="area share of the local crops")
+    add_crop_arguments(parser)
+    parser.set_defaults(local_crops_number=10)
     add("--images", default=16, type=int, help="different images")
     add("--rounds", default=7, type=int, help="how often each path handles every image")
     add("--quality", default=92, type=int, help="JPEG quality")
@@ -48,14 +47,8 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     files = [encode(image, args.quality) for image in make_images(args.images)]
-    recipe = {
-        name: getattr(args, name)
-        for name in (
-            "global_crops_scale", "local_crops_scale", "local_crops_number", "global_crops_size", "local_crops_size"
-        )
-    }  # fmt: skip
     decoders = {"pil": decode_pil, "fast": decode_array}
-    views = {path: MultiCropViews(**recipe, augment=path) for path in decoders}
+    views = {path: multi_crop_views(argparse.Namespace(**vars(args), augment=path)) for path in decoders}
     decode_seconds, seconds = {"pil": [], "fast": []}, {"pil": [], "fast": []}
     for round_ in range(args.rounds + 1):
         for path, decode in decoders.items():

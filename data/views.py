@@ -6,7 +6,7 @@ All its randomness comes from the key (seed, epoch, index): which worker calls i
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -54,7 +54,8 @@ class CropViews:
 
 
 class MultiCropViews(CropViews):
-    """Two or more global crops and ``local_crops_number`` local ones (DINO, main_dino.py, DataAugmentationDINO):
+    """Two or more global crops, then ``local_crops``: how many of which size (DINO, main_dino.py,
+    DataAugmentationDINO; EsViT for several sizes):
 
     | crop         | size | area                | flip | jitter 0.4 0.4 0.2 0.1 | greyscale | blur 0.1-2.0 | solarise |
     |--------------|------|---------------------|------|------------------------|-----------|--------------|----------|
@@ -67,16 +68,17 @@ class MultiCropViews(CropViews):
         self,
         global_crops_scale: tuple[float, float] = (0.4, 1.0),
         local_crops_scale: tuple[float, float] = (0.05, 0.4),
-        local_crops_number: int = 8,
+        local_crops: Sequence[tuple[int, int]] = ((8, 96),),
         global_crops_size: int = 224,
-        local_crops_size: int = 96,
         augment: str = "fast",
         global_crops_number: int = 2,
     ):
         first = CropRecipe(global_crops_size, tuple(global_crops_scale), blur=1.0)
         second = CropRecipe(global_crops_size, tuple(global_crops_scale), blur=0.1, solarize=0.2)
-        local = CropRecipe(local_crops_size, tuple(local_crops_scale), blur=0.5)
-        super().__init__([first] + [second] * (global_crops_number - 1) + [local] * local_crops_number, augment)
+        local = [
+            CropRecipe(size, tuple(local_crops_scale), blur=0.5) for number, size in local_crops for _ in range(number)
+        ]
+        super().__init__([first] + [second] * (global_crops_number - 1) + local, augment)
 
 
 class LinearViews(CropViews):

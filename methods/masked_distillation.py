@@ -22,7 +22,7 @@ from methods.base import Clock, backbone_arguments
 from methods.centring import Centres
 from methods.distillation import cross_view_loss, masked_patch_loss, teacher_probabilities
 from methods.heads import ACTIVATIONS, NORMS, IBOTHead
-from methods.multicrop import MultiCropNetwork, add_crop_arguments, check_crop_arguments
+from methods.multicrop import MultiCropNetwork, add_crop_arguments, check_crop_arguments, local_crops
 from methods.teacher import PrototypeMethod, add_teacher_arguments, check_teacher_arguments
 from models import build_backbone, families_that, family_of
 from models.swin import DEFAULT_DROP_PATH
@@ -75,13 +75,13 @@ class MaskedDistillation(PrototypeMethod):
         for name in ("out_dim", "patch_out_dim", "global_crops_number"):
             if getattr(args, name) < 1:
                 raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
-        if args.global_crops_number + args.local_crops_number < 2:
+        check_crop_arguments(args)
+        if args.global_crops_number == 1 and not local_crops(args):
             raise UsageError(
                 f"--global_crops_number {args.global_crops_number} --local_crops_number {args.local_crops_number}: a "
                 "student learns from another crop of the image; pass two crops or more"
             )
         check_teacher_arguments(args)
-        check_crop_arguments(args)
         warmup = args.warmup_teacher_temp_epochs + args.pred_start_epoch
         if warmup > args.epochs:
             raise UsageError(
@@ -322,8 +322,7 @@ def mask_grid(args: argparse.Namespace) -> tuple[int, int]:
             f"--global_crops_size {args.global_crops_size}: a mask of {args.arch} has cells of {unit} pixels; nearest "
             f"{' or '.join(str(size) for size in (near, near + unit) if size)}"
         )
-    if args.local_crops_number and args.local_crops_size < unit:
-        raise UsageError(
-            f"--local_crops_size {args.local_crops_size}: smaller than a mask's cell, {unit} pixels for {args.arch}"
-        )
+    for _, size in local_crops(args):
+        if size < unit:
+            raise UsageError(f"--local_crops_size {size}: smaller than a mask's cell, {unit} pixels for {args.arch}")
     return (args.global_crops_size // unit,) * 2

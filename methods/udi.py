@@ -28,7 +28,7 @@ from methods.base import Clock, backbone_arguments
 from methods.centring import LevelCentre
 from methods.distillation import Targets, prototype_cross_entropy, teacher_probabilities
 from methods.heads import DINOHead
-from methods.multicrop import add_crop_arguments, check_crop_arguments
+from methods.multicrop import add_crop_arguments, check_crop_arguments, crop_kinds, crop_settings
 from methods.srs import SampledBackbone
 from methods.teacher import PrototypeMethod, add_teacher_arguments, check_teacher_arguments
 from models import build_backbone, families_that, family_of
@@ -98,9 +98,8 @@ class UDI(PrototypeMethod):
             raise UsageError(f"--alpha {args.alpha}: a weight, from 0 to 1")
         check_teacher_arguments(args)
         check_crop_arguments(args)
-        kinds = ("global", "local") if args.local_crops_number else ("global",)
-        for kind in kinds if args.include_patch else ():
-            window, size = getattr(args, f"{kind}_sampling_window_size"), getattr(args, f"{kind}_crops_size")
+        for kind, size in crop_kinds(args) if args.include_patch else ():
+            window = getattr(args, f"{kind}_sampling_window_size")
             if not 1 <= window <= size // args.patch_size:
                 raise UsageError(
                     f"--{kind}_sampling_window_size {window}: crops of {size} pixels have {size // args.patch_size} "
@@ -110,15 +109,12 @@ class UDI(PrototypeMethod):
     @staticmethod
     def views(args: argparse.Namespace) -> Callable:
         return UDIViews(
-            global_crops_scale=args.global_crops_scale,
-            local_crops_scale=args.local_crops_scale,
+            **crop_settings(args),
             local_crops_number=args.local_crops_number,
-            global_crops_size=args.global_crops_size,
             local_crops_size=args.local_crops_size,
             patch_size=args.patch_size,
             global_sampling_window_size=args.global_sampling_window_size,
             local_sampling_window_size=args.local_sampling_window_size,
-            augment=args.augment,
             include_patch=args.include_patch,
         )
 

@@ -183,7 +183,7 @@ def rendered_by_pillow(image: np.ndarray, crop: Crop, size: int) -> np.ndarray:
 
 
 def test_what_was_drawn_is_what_is_done():
-    views = MultiCropViews(local_crops_number=3, global_crops_size=64, local_crops_size=32)
+    views = MultiCropViews(local_crops=[(3, 32)], global_crops_size=64)
     for index in range(40):
         image, key = IMAGES[index % 4], (0, 0, index)
         crops = views(image, key)["crops"]
@@ -215,7 +215,7 @@ def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_whole_crops_of_both_paths_have_the_same_distribution():
-    samples, sizes = 700, {"global_crops_size": 48, "local_crops_size": 24, "local_crops_number": 1}
+    samples, sizes = 700, {"global_crops_size": 48, "local_crops": [(1, 24)]}
     fast, pil = MultiCropViews(**sizes), MultiCropViews(**sizes, augment="pil")
     images = [photograph(seed, 75, 100) for seed in range(20)]
     pil_images = [Image.fromarray(image) for image in images]
@@ -232,7 +232,7 @@ def test_whole_crops_of_both_paths_have_the_same_distribution():
 
 def test_the_comparison_of_distributions_would_notice_a_missing_operation():
     # the two global recipes differ in blur and solarise only
-    views = MultiCropViews(global_crops_size=48, local_crops_number=0)
+    views = MultiCropViews(global_crops_size=48, local_crops=[])
     crops = [views(photograph(i % 20, 75, 100), (1, 0, i))["crops"] for i in range(300)]
     a, b = (measurements(torch.stack([sample[kind] for sample in crops])) for kind in range(2))
     assert max(kolmogorov_smirnov(a[:, column], b[:, column]) for column in range(a.shape[1])) > 3
@@ -240,7 +240,7 @@ def test_the_comparison_of_distributions_would_notice_a_missing_operation():
 
 def test_the_pillow_path_repeats_the_original_seeded_alike():
     """The golden case holds every 16th pixel; here all pixels, against the documented order written out."""
-    views = MultiCropViews((0.25, 1.0), (0.05, 0.25), 2, 64, 32, augment="pil")
+    views = MultiCropViews((0.25, 1.0), (0.05, 0.25), [(2, 32)], 64, augment="pil")
     image = Image.fromarray(IMAGES[0])
     with seeded_generators(11):
         crops = views.pil_crops(image)

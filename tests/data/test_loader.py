@@ -17,7 +17,7 @@ from randomness import Permutation
 from tests.data.helpers import encoded, one_process, photograph, write_folder
 from utils import UsageError
 
-SIZES = {"global_crops_size": 16, "local_crops_size": 8, "local_crops_number": 1}
+SIZES = {"global_crops_size": 16, "local_crops": [(1, 8)]}
 
 
 class Photographs(Source):

@@ -10,7 +10,7 @@ from torchvision import transforms
 from data.views import LinearViews, MultiCropViews, seeded_generators
 from tests.data.helpers import photograph
 
-SMALL = {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 3}
+SMALL = {"global_crops_size": 32, "local_crops": [(3, 16)]}
 
 
 def crops(views: MultiCropViews, image: np.ndarray, key=(0, 0, 0)) -> list[torch.Tensor]:
@@ -29,7 +29,7 @@ def augment(request) -> str:
 @pytest.mark.parametrize("number", [0, 1, 3])
 @pytest.mark.parametrize("shape", [(90, 120), (10, 7), (1, 1), (200, 9)])
 def test_crops_are_bytes_of_the_asked_sizes_whatever_the_image_is(augment, number, shape):
-    views = MultiCropViews(local_crops_number=number, global_crops_size=32, local_crops_size=16, augment=augment)
+    views = MultiCropViews(local_crops=[(number, 16)], global_crops_size=32, augment=augment)
     image = photograph(0, *(max(8, side) for side in shape))[: shape[0], : shape[1]].copy()
     for index in range(10):
         made = crops(views, image, (0, 0, index))
@@ -60,9 +60,22 @@ def test_global_generators_go_on_as_if_nothing_had_been(augment):
 
 def test_more_local_crops_leave_the_others_as_they_are(augment):
     image = photograph(2)
-    few = crops(MultiCropViews(**{**SMALL, "local_crops_number": 1}, augment=augment), image)
+    few = crops(MultiCropViews(**{**SMALL, "local_crops": [(1, 16)]}, augment=augment), image)
     many = crops(MultiCropViews(**SMALL, augment=augment), image)
     assert same(few, many[:3])
+
+
+def test_local_crops_of_several_sizes_are_those_of_each_size_at_the_same_place(augment):
+    image = photograph(2)
+
+    def made(*local_crops):
+        return crops(MultiCropViews(**{**SMALL, "local_crops": local_crops}, augment=augment), image, (1, 2, 3))
+
+    several = made((2, 16), (0, 24), (1, 12))
+    assert [crop.shape[-1] for crop in several] == [32, 32, 16, 16, 12]
+    assert same(several[:4], made((3, 16))[:4])
+    if augment == "fast":  # Pillow's path goes on drawing where the crop before ended
+        assert torch.equal(several[4], made((3, 12))[4])
 
 
 def test_a_recipe_prints_as_a_table():

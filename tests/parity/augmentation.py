@@ -103,7 +103,9 @@ OPERATIONS = {
 
 def seeded_pipeline(case: Case) -> Iterator[tuple]:
     """out/seed<s>_crop<c>: every n-th pixel of the normalised crop; out/seed<s>_means: means of all its pixels."""
-    views = MultiCropViews(**{name: value for name, value in case.params.items() if "_crops_" in name}, augment="pil")
+    crops = {name: value for name, value in case.params.items() if "_crops_" in name}
+    local = (crops.pop("local_crops_number"), crops.pop("local_crops_size", 96))
+    views = MultiCropViews(**crops, local_crops=[local], augment="pil")
     image = Image.fromarray(case.arrays["in/image"])
     for seed in case.params["seeds"]:
         with seeded_generators(0):  # what the originals seed is put back afterwards
@@ -158,7 +160,7 @@ def place_frequencies(orders: list[tuple]) -> np.ndarray:
 
 
 def sample_fast() -> tuple[dict, dict, list]:
-    views = MultiCropViews(local_crops_number=1)
+    views = MultiCropViews(local_crops=[(1, 96)])
     crops = []
     for index in range(SAMPLES):
         uniforms = augment.crop_uniforms((0, 0, index), len(views.recipes))
@@ -186,7 +188,7 @@ def sample_fast() -> tuple[dict, dict, list]:
 
 def sample_pil() -> tuple[dict, dict, list]:
     """Runs the transforms themselves; one that does nothing returns the image it was given."""
-    views = MultiCropViews(local_crops_number=1, augment="pil")
+    views = MultiCropViews(local_crops=[(1, 96)], augment="pil")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     frequencies = {}
     with seeded_generators(0):
