@@ -20,9 +20,16 @@ from methods.centring import Centres
 from methods.distillation import cross_view_loss, teacher_probabilities
 from methods.heads import DINOHead
 from methods.multicrop import MultiCropNetwork, add_crop_arguments, check_crop_arguments, multi_crop_views
-from methods.teacher import PrototypeMethod, add_teacher_arguments, check_teacher_arguments
+from methods.teacher import (
+    PrototypeMethod,
+    add_following_arguments,
+    add_temperature_arguments,
+    check_following_arguments,
+    check_temperature_arguments,
+    temperatures,
+)
 from models import build_backbone
-from utils import UsageError, bool_flag, warmup_scheduler
+from utils import UsageError, bool_flag
 
 
 class DINO(PrototypeMethod):
@@ -36,14 +43,16 @@ class DINO(PrototypeMethod):
         add = parser.add_argument
         add("--out_dim", default=65536, type=int, help="prototypes; large values suit large data sets")
         add("--use_bn_in_head", default=False, type=bool_flag, help="batch norm in the head; ResNets use it")
-        add_teacher_arguments(parser)
+        add_following_arguments(parser)
+        add_temperature_arguments(parser)
         add_crop_arguments(parser)
 
     @staticmethod
     def check_arguments(args: argparse.Namespace) -> None:
         if args.out_dim < 1:
             raise UsageError(f"--out_dim {args.out_dim}: a head needs at least one prototype (the default is 65536)")
-        check_teacher_arguments(args)
+        check_following_arguments(args)
+        check_temperature_arguments(args)
         check_crop_arguments(args)
 
     @staticmethod
@@ -58,9 +67,7 @@ class DINO(PrototypeMethod):
         return cls(
             MultiCropNetwork(student, DINOHead(student.embed_dim, norm_last_layer=args.norm_last_layer, **head)),
             MultiCropNetwork(teacher, DINOHead(teacher.embed_dim, **head)),
-            teacher_temps=warmup_scheduler(
-                args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs, args.epochs
-            ),
+            teacher_temps=temperatures(args),
             freeze_last_layer=args.freeze_last_layer,
         )
 

@@ -23,7 +23,15 @@ from methods.centring import Centres
 from methods.distillation import cross_view_loss, masked_patch_loss, teacher_probabilities
 from methods.heads import ACTIVATIONS, NORMS, IBOTHead
 from methods.multicrop import MultiCropNetwork, add_crop_arguments, check_crop_arguments, local_crops
-from methods.teacher import PrototypeMethod, add_teacher_arguments, check_teacher_arguments
+from methods.teacher import (
+    PrototypeMethod,
+    add_following_arguments,
+    add_temperature_arguments,
+    check_following_arguments,
+    check_temperature_arguments,
+    check_temperatures,
+    temperatures,
+)
 from models import build_backbone, families_that, family_of
 from models.swin import DEFAULT_DROP_PATH
 from models.vit import group_by_size
@@ -60,7 +68,8 @@ class MaskedDistillation(PrototypeMethod):
         add("--warmup_teacher_patch_temp", default=0.04, type=float, help="first teacher temperature of the patches")
         add("--teacher_patch_temp", default=0.07, type=float, help="final teacher temperature of the patches")
         add("--global_crops_number", default=2, type=int, help="global crops per image, which the teacher sees")
-        add_teacher_arguments(parser)
+        add_following_arguments(parser)
+        add_temperature_arguments(parser)
         add_crop_arguments(parser)
         parser.set_defaults(
             warmup_teacher_temp_epochs=30,
@@ -81,7 +90,9 @@ class MaskedDistillation(PrototypeMethod):
                 f"--global_crops_number {args.global_crops_number} --local_crops_number {args.local_crops_number}: a "
                 "student learns from another crop of the image; pass two crops or more"
             )
-        check_teacher_arguments(args)
+        check_following_arguments(args)
+        check_temperature_arguments(args)
+        check_temperatures(args, "warmup_teacher_patch_temp", "teacher_patch_temp")
         warmup = args.warmup_teacher_temp_epochs + args.pred_start_epoch
         if warmup > args.epochs:
             raise UsageError(
@@ -130,9 +141,7 @@ class MaskedDistillation(PrototypeMethod):
     def settings(args: argparse.Namespace) -> dict:
         """The arguments of the constructor, but for the networks."""
         return {
-            "teacher_temps": warmup_scheduler(
-                args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs, args.epochs
-            ),
+            "teacher_temps": temperatures(args),
             "teacher_patch_temps": patch_temperatures(
                 args.warmup_teacher_patch_temp,
                 args.teacher_patch_temp,

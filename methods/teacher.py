@@ -2,16 +2,20 @@
 
 import argparse
 
+import numpy as np
 import torch
 import torch.nn as nn
 
 from methods.base import Clock, Method, ema_update_
 from methods.centring import Centres
 from methods.health import clustering_health
-from utils import UsageError, bool_flag
+from utils import UsageError, bool_flag, warmup_scheduler
+
+TEMPERATURE = ("warmup_teacher_temp", "teacher_temp", "warmup_teacher_temp_epochs")
 
 
-def add_teacher_arguments(parser: argparse._ArgumentGroup) -> None:
+def add_following_arguments(parser: argparse._ArgumentGroup) -> None:
+    """How the teacher follows its student, and what of the student's prototypes rests at the start."""
     add = parser.add_argument
     add(
         "--norm_last_layer",
@@ -26,11 +30,6 @@ def add_teacher_arguments(parser: argparse._ArgumentGroup) -> None:
         help="first EMA momentum of the teacher, rising to 1; higher for small batches (0.9995 at 256)",
     )
     add(
-        "--warmup_teacher_temp", default=0.04, type=float, help="first teacher temperature; lower it if the loss stalls"
-    )
-    add("--teacher_temp", default=0.04, type=float, help="final teacher temperature; above 0.07 is unstable")
-    add("--warmup_teacher_temp_epochs", default=0, type=int, help="epochs of linear warm-up of that temperature")
-    add(
         "--freeze_last_layer",
         default=1,
         type=int,
@@ -38,15 +37,59 @@ def add_teacher_arguments(parser: argparse._ArgumentGroup) -> None:
     )
 
 
-def check_teacher_arguments(args: argparse.Namespace) -> None:
+def check_following_arguments(args: argparse.Namespace) -> None:
+    """Raises UsageError for a momentum that leads away from the student, and for negative numbers of epochs."""
+    if not 0 <= args.momentum_teacher <= 1:
+        raise UsageError(f"--momentum_teacher {args.momentum_teacher}: from 0 (the student itself) to 1 (never moves)")
+    if args.freeze_last_layer < 0:
+        raise UsageError(f"--freeze_last_layer {args.freeze_last_layer}: must not be negative")
+
+
+def add_temperature_arguments(parser: argparse._ArgumentGroup, prefix: str = "") -> None:
+    """The teacher's temperature over the epochs; with a ``prefix`` (``group_``) that of one of several losses."""
+    add, whose = parser.add_argument, f" of the {prefix.rstrip('_')} loss" if prefix else ""
+    add(
+        f"--{prefix}warmup_teacher_temp",
+        default=0.04,
+        type=float,
+        help=f"first teacher temperature{whose}; lower it if the loss stalls",
+    )
+    add(
+        f"--{prefix}teacher_temp",
+        default=0.04,
+        type=float,
+        help=f"final teacher temperature{whose}; above 0.07 is unstable",
+    )
+    add(
+        f"--{prefix}warmup_teacher_temp_epochs",
+        default=0,
+        type=int,
+        help="epochs of linear warm-up of that temperature",
+    )
+
+
+def check_temperature_arguments(args: argparse.Namespace, prefix: str = "") -> None:
     """Raises UsageError for temperatures and warm-ups that cannot work."""
-    if args.warmup_teacher_temp_epochs > args.epochs:
-        raise UsageError(
-            f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is longer than --epochs {args.epochs}"
-        )
-    for name in ("warmup_teacher_temp", "teacher_temp", "warmup_teacher_patch_temp", "teacher_patch_temp"):
-        if getattr(args, name, 1.0) <= 0:
+    check_temperatures(args, f"{prefix}warmup_teacher_temp", f"{prefix}teacher_temp")
+    name = f"{prefix}warmup_teacher_temp_epochs"
+    warmup = getattr(args, name)
+    if warmup < 0:
+        raise UsageError(f"--{name} {warmup}: must not be negative")
+    if warmup > args.epochs:
+        raise UsageError(f"--{name} {warmup} is longer than --epochs {args.epochs}")
+
+
+def check_temperatures(args: argparse.Namespace, *names: str) -> None:
+    """Raises UsageError for options that are to be temperatures and are not positive."""
+    for name in names:
+        if not getattr(args, name) > 0:
             raise UsageError(f"--{name} {getattr(args, name)}: a temperature must be positive")
+
+
+def temperatures(args: argparse.Namespace, prefix: str = "") -> np.ndarray:
+    """One teacher temperature per epoch, from the options of ``add_temperature_arguments``."""
+    first, final, warmup = (getattr(args, f"{prefix}{name}") for name in TEMPERATURE)
+    return warmup_scheduler(first, final, warmup, args.epochs)
 
 
 def start_teacher(teacher: nn.Module, student: nn.Module) -> None:

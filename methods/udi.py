@@ -30,9 +30,16 @@ from methods.distillation import Targets, prototype_cross_entropy, teacher_proba
 from methods.heads import DINOHead
 from methods.multicrop import add_crop_arguments, check_crop_arguments, crop_kinds, crop_settings
 from methods.srs import SampledBackbone
-from methods.teacher import PrototypeMethod, add_teacher_arguments, check_teacher_arguments
+from methods.teacher import (
+    PrototypeMethod,
+    add_following_arguments,
+    add_temperature_arguments,
+    check_following_arguments,
+    check_temperature_arguments,
+    temperatures,
+)
 from models import build_backbone, families_that, family_of
-from utils import UsageError, bool_flag, warmup_scheduler
+from utils import UsageError, bool_flag
 
 MEAN_EPS = 1e-5
 
@@ -69,7 +76,8 @@ class UDI(PrototypeMethod):
         add("--alpha", default=0.5, type=float, help="weight of the places' mean in the target of cls+")
         add("--global_sampling_window_size", default=3, type=int, help="one place per so many patches squared")
         add("--local_sampling_window_size", default=2, type=int, help="the same in local crops")
-        add_teacher_arguments(parser)
+        add_following_arguments(parser)
+        add_temperature_arguments(parser)
         add_crop_arguments(parser)
         parser.set_defaults(
             teacher_temp=0.07,
@@ -96,7 +104,8 @@ class UDI(PrototypeMethod):
             raise UsageError("--include_patch false: cls+ learns from patches; pass --number_cls_token 1 as well")
         if not 0 <= args.alpha <= 1:
             raise UsageError(f"--alpha {args.alpha}: a weight, from 0 to 1")
-        check_teacher_arguments(args)
+        check_following_arguments(args)
+        check_temperature_arguments(args)
         check_crop_arguments(args)
         for kind, size in crop_kinds(args) if args.include_patch else ():
             window = getattr(args, f"{kind}_sampling_window_size")
@@ -127,9 +136,7 @@ class UDI(PrototypeMethod):
             head = DINOHead(vit.embed_dim, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=frozen)
             levels = args.number_cls_token + args.include_patch
             networks.append(UDINetwork(SampledBackbone(vit, args.include_patch), head, levels))
-        temps = warmup_scheduler(
-            args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs, args.epochs
-        )
+        temps = temperatures(args)
         return cls(*networks, temps, args.include_patch, args.alpha, args.freeze_last_layer)
 
     def __init__(
