@@ -19,21 +19,22 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import heads
 import numpy as np
 import plain
 import torch
+from plain import textbook
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.loader import to_device_ahead
-from data.udi_views import UDIViews
+from data.loader import stack, to_device_ahead
 from methods import METHODS
 from methods.base import Clock, Method
-from methods.masking import MaskedViews
 from training.optim import build_optimizer, optimizer_step, set_schedules
-from training.options import get_args_parser
+from training.options import parse_options
 from utils import Parser, UsageError, autocast, has_bf16, keep_large_blocks, run_cli
 
 CLIP = 3.0
@@ -43,7 +44,6 @@ SETTINGS = {  # what the published recipes have and the defaults have not
     "attmask": "--out_dim 8192 --local_crops_number 10 --shared_head true --pred_ratio 0.3 --pred_ratio_var 0.2",
     "udi": "--out_dim 65536 --local_crops_number 10 --norm_last_layer false",
 }
-MEASURED = ("method", "arch", "patch_size", "batch", "local_crops_number", "out_dim", "drop_path_rate", "device")
 SHARES = ("forward", "backward", "clip", "optimiser", "EMA and centre")
 
 
@@ -51,7 +51,7 @@ def get_bench_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--method", default="dino", choices=sorted(plain.FORWARD))
     parser.add_argument("--arch", default="vit_small")
-    parser.add_argument("--patch_size", default=16, type=int)
+    parser.add_argument("--patch_size", type=int, help="left out: the architecture's")
     parser.add_argument("--batch", default=4, type=int, help="images per step")
     parser.add_argument("--local_crops_number", type=int, help="left out: as in the method's recipe")
     parser.add_argument("--out_dim", type=int, help="left out: as in the method's recipe")
@@ -66,33 +66,22 @@ def get_bench_parser() -> argparse.ArgumentParser:
 
 
 def build(args: argparse.Namespace) -> tuple[Method, dict]:
-    """The method and a batch for it: random crops, and masks if it wants them from the loader."""
-    options = get_args_parser(METHODS[args.method]).parse_args(SETTINGS[args.method].split())
-    for name in ("arch", "patch_size", "local_crops_number", "out_dim", "drop_path_rate"):
-        given = getattr(args, name)
-        setattr(options if given is not None else args, name, getattr(options, name) if given is None else given)
+    """The method as its recipe and ``args`` have it, and a batch for it. What ``args`` leaves out is filled in."""
+    names = ("arch", "patch_size", "local_crops_number", "out_dim", "drop_path_rate")
+    given = [f"--{name}={value}" for name in names if (value := getattr(args, name)) is not None]
+    options = parse_options(["--method", args.method, *SETTINGS[args.method].split(), *given])
+    vars(args).update({name: getattr(options, name) for name in names})
     torch.manual_seed(0)
     method = METHODS[args.method].build(options).to(args.device)
-    sizes = [224] * 2 + [96] * args.local_crops_number
-    batch = {"crops": [torch.randn(args.batch, 3, size, size, device=args.device) for size in sizes]}
-    views = METHODS[args.method].views(options)
-    if isinstance(views, MaskedViews):
-        views.views = NoCrops()
-        masks = MaskedViews.collate([views(None, (0, 0, index)) for index in range(args.batch)])
-        batch |= next(iter(to_device_ahead([masks], torch.device(args.device))))
-    elif isinstance(views, UDIViews):
-        pictures = np.zeros((args.batch, 375, 500, 3), np.uint8)
-        places = views.collate([views(picture, (0, 0, index)) for index, picture in enumerate(pictures)])
-        del places["crops"]
-        batch |= next(iter(to_device_ahead([places], torch.device(args.device))))
-    return method, batch
+    return method, noise_batch(METHODS[args.method].views(options), args.batch, torch.device(args.device))
 
 
-class NoCrops:
-    """Takes the place of the crops, so that an image is not needed to draw its masks."""
-
-    def __call__(self, image, key) -> dict:
-        return {}
+def noise_batch(views: Callable, images: int, device: torch.device) -> dict:
+    """What the loader makes of pictures of noise, ready on the device: crops, and masks or places where there are."""
+    rng = np.random.default_rng(0)
+    pictures = (rng.integers(0, 256, (375, 500, 3), np.uint8) for _ in range(images))
+    samples = [views(picture, (0, 0, index)) for index, picture in enumerate(pictures)]
+    return next(iter(to_device_ahead([getattr(views, "collate", stack)(samples)], device)))
 
 
 class Side:
@@ -101,7 +90,7 @@ class Side:
     def __init__(self, name: str, method: Method, precision: str, device: torch.device):
         self.name, self.method, self.precision, self.device = name, method, precision, device
         groups = method.param_groups()
-        self.optimizer = plain.plain_optimizer(groups) if name == "plain" else build_optimizer("adamw", groups)
+        self.optimizer = textbook.plain_optimizer(groups) if name == "plain" else build_optimizer("adamw", groups)
         self.times: list[list[float]] = []
 
     def step(self, batch: dict, iteration: int) -> float:
@@ -118,7 +107,7 @@ class Side:
         loss.backward()
         marks.append(self._now())
         if self.name == "plain":
-            plain.update(self.method, self.optimizer, CLIP, clock)
+            textbook.update(self.method, self.optimizer, CLIP, clock)
             marks += [marks[-1], marks[-1]]
         else:
             self.method.clip_gradients(CLIP)
@@ -188,12 +177,9 @@ def compare(args: argparse.Namespace, precision: str, method: Method, batch: dic
     return sides, rates
 
 
-def peak_memory(args: argparse.Namespace, side: str, precision: str, part: str = "step") -> float:
+def peak_memory(side: str, precision: str, part: str = "step") -> float:
     """Megabytes at the peak of two steps of one side in a process of its own; of heads and loss, what they add."""
-    command = [sys.executable, __file__, "--side", side, "--precision", precision, "--part", part]
-    for name in MEASURED:
-        command += [f"--{name}", str(getattr(args, name))]
-    command += ["--default_malloc"] if args.default_malloc else []
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--precision", precision, "--part", part]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -234,7 +220,7 @@ def compare_heads(args: argparse.Namespace, method: Method, batch: dict) -> None
         if abs(losses[0] - losses[1]) > 1e-4 * abs(losses[0]):
             raise UsageError(f"heads and loss disagree: {losses[0]} and {losses[1]}")
     slow, fast = (statistics.median(values[1:]) for values in seconds.values())
-    memory = [peak_memory(args, side, "fp32", "heads") for side in ("plain", "fast")]
+    memory = [peak_memory(side, "fp32", "heads") for side in ("plain", "fast")]
     what = f"{len(tokens['masked'])} hidden patches" if "masked" in tokens else f"{len(tokens['points'])} places"
     print(
         f"heads  {slow * 1e3:9.0f} {fast * 1e3:9.0f} {slow / fast:6.2f} {memory[0]:9.0f} {memory[1]:8.0f}   "
@@ -254,9 +240,10 @@ def main() -> int:
 
     method, batch = build(args)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    sizes = Counter(crop.shape[-1] for crop in batch["crops"])
     print(
         f"{args.method}, {args.arch}/{args.patch_size}, out_dim {args.out_dim}, batch {args.batch}, "
-        f"2 x 224 + {args.local_crops_number} x 96 pixels, drop path {args.drop_path_rate}"
+        f"{' + '.join(f'{count} x {size}' for size, count in sizes.items())} pixels, drop path {args.drop_path_rate}"
     )
     print(
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
@@ -273,7 +260,7 @@ def main() -> int:
         sides, rates = compare(args, precision, method, batch)
         slow, fast = (side.seconds() for side in sides)
         fast_seconds[precision] = fast
-        memory = [peak_memory(args, side, precision) for side in ("plain", "fast")]
+        memory = [peak_memory(side, precision) for side in ("plain", "fast")]
         phases = sides[1].phases()
         rate = statistics.median(rates)
         steps = [sum(times) for times in sides[1].times[1:]]

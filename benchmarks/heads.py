@@ -5,9 +5,9 @@ What a backbone would have given is random; the gradient goes back to these toke
 
 from collections.abc import Callable
 
-import plain
 import torch
 import torch.nn.functional as F
+from plain import masked_distillation, udi
 
 from methods.base import Clock
 from methods.masked_distillation import MaskedDistillation
@@ -45,7 +45,7 @@ def random_tokens(method: MaskedDistillation | UDI, batch: dict, clock: Clock) -
 
 def plain_masked(method: MaskedDistillation, tokens: Tokens, clock: Clock) -> torch.Tensor:
     student = [tokens["global"], tokens["local"]]
-    return plain.masked_heads_and_loss(method, tokens["teacher"], student, tokens["masks"], clock)
+    return masked_distillation.heads_and_loss(method, tokens["teacher"], student, tokens["masks"], clock)
 
 
 def fast_masked(method: MaskedDistillation, tokens: Tokens, clock: Clock) -> torch.Tensor:
@@ -58,7 +58,7 @@ def fast_masked(method: MaskedDistillation, tokens: Tokens, clock: Clock) -> tor
 
 def plain_udi(method: UDI, tokens: Tokens, clock: Clock) -> torch.Tensor:
     given = (tokens[name] for name in ("teacher", "global", "local"))
-    return plain.udi_heads_and_loss(method, *given, tokens, clock)
+    return udi.heads_and_loss(method, *given, tokens, clock)
 
 
 def fast_udi(method: UDI, tokens: Tokens, clock: Clock) -> torch.Tensor:

@@ -1,0 +1,45 @@
+"""What is compared for speed computes the same."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from methods import METHODS
+from training.options import parse_options
+
+BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+SMALL = "--arch vit_micro --patch_size 32 --out_dim 64 --local_crops_number 2 --batch 2 --steps 1 --device cpu"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))  # as for a script that is started there
+    return importlib.import_module("bench_step")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plain_formulation_of_a_method_gives_its_losses(bench, method, monkeypatch):
+    own = ["--patch_out_dim", "64"] if method in ("ibot", "attmask") else []
+    args = bench.get_bench_parser().parse_args(["--method", method, *SMALL.split()])
+    assert set(bench.SETTINGS) == set(METHODS)
+    monkeypatch.setitem(bench.SETTINGS, method, " ".join([bench.SETTINGS[method], *own]))
+    monkeypatch.setattr(bench, "product_rate", lambda device: 1.0)
+    sides, _ = bench.compare(args, "fp32", *bench.build(args))  # raises UsageError where they differ
+    assert [side.name for side in sides] == ["plain", "fast"] and all(len(side.times) == 2 for side in sides)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_batch_of_a_benchmark_is_what_the_loader_would_make(bench, method):
+    args = parse_options(["--method", method, "--local_crops_number", "1", "--augment", "fast"])
+    views = METHODS[method].views(args)
+    batch = bench.noise_batch(views, 2, torch.device("cpu"))
+    assert [tuple(crop.shape) for crop in batch["crops"]] == [(2, 3, 224, 224)] * 2 + [(2, 3, 96, 96)]
+    assert all(crop.dtype == torch.float32 and crop.abs().max() < 4 for crop in batch["crops"])
+    sample = views(np.zeros((375, 500, 3), np.uint8), (0, 0, 0))
+    for name, value in sample.items():  # masks and places depend on the key, not on the picture
+        if name != "crops":
+            first = torch.stack([part[0] for part in batch[name]]) if isinstance(value, list) else batch[name][0]
+            assert torch.equal(first, torch.stack(value) if isinstance(value, list) else torch.as_tensor(value)), name
