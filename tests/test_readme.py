@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 import visualize_attention
 from eval_finetuning import extract_backbone_weights_for_finetuning as extract
@@ -16,6 +17,7 @@ from training.options import parse_options
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATIONS = ("eval_finetuning/README.md", "eval_knn/README.md", "eval_linear/README.md")
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", *EVALUATIONS, "benchmarks/RESULTS.md")]
+DOCUMENTS += sorted((ROOT / "configs").glob("*/README.md"))
 WRITTEN_BY_A_RUN = {"log.txt"}
 
 
@@ -69,9 +71,20 @@ def test_files_and_tests_that_are_named_exist(document):
         assert f"def {name}" in tests, name
 
 
-@pytest.mark.parametrize("method", sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir()))
-def test_every_preset_of_the_readme_exists(method):
-    table = (ROOT / "README.md").read_text().split(f"| preset in `configs/{method}/` |")[1].split("\n\n")[0]
-    names = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
-    there = {path.stem for path in (ROOT / "configs" / method).glob("*.yaml")} - {"quickstart"}
-    assert sorted(names) == sorted(there)
+METHOD_FOLDERS = sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("method", METHOD_FOLDERS)
+def test_the_table_of_a_methods_rows_says_what_its_presets_say(method):
+    folder = ROOT / "configs" / method
+    table = (folder / "README.md").read_text().split("| preset |")[1].split("\n\n")[0]
+    head, _, *rows = (re.split(r"\s*\|\s*", line.strip("| ")) for line in f"preset |{table}".splitlines())
+    rows = {row[0].strip("`"): dict(zip(head, row, strict=True)) for row in rows}
+    assert sorted(rows) == sorted({path.stem for path in folder.glob("*.yaml")} - {"quickstart"})
+    for name, row in rows.items():
+        preset = yaml.safe_load((folder / f"{name}.yaml").read_text())
+        said = preset["expected"]
+        found = {"epochs": preset["epochs"], "images per step": said["global_batch"], "k-NN": said["knn"]}
+        found |= {"linear": said["linear"], "fine-tuned": said.get("fine-tuned", "not published")}
+        for column in found.keys() & row.keys():
+            assert str(found[column]).split(" (")[0] == row[column], (name, column)
