@@ -225,7 +225,8 @@ def main() -> int:
     for name, content in info.top_level.items():
         say("key", f"{name}: {content}")
     say("network", describe(state))
-    if recorded := {name: info.arguments[name] for name in ("arch", "patch_size") if name in info.arguments}:
+    named = ("arch", "patch_size")  # None: a network without patches
+    if recorded := {name: info.arguments[name] for name in named if info.arguments.get(name) is not None}:
         say("recorded", ", ".join(f"--{name} {value}" for name, value in recorded.items()))
     complete = _say_what_matches(state, info, args, say)
     for note in info.notes:

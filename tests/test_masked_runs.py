@@ -93,11 +93,12 @@ def test_batch_norm_in_the_head_sees_the_batches_of_all_processes(images, tmp_pa
 def test_a_swin_student_is_shown_masks_and_its_teacher_evaluates(images, tmp_path, monkeypatch):
     sizes = {"global_crops_size": 64, "local_crops_size": 32, "local_crops_number": 1, "batch_size_per_gpu": 4}
     short = {"subset": 1, "epochs": 1, "warmup_epochs": 0, "pred_ratio": 0.5}
-    options = {**METHODS["ibot"], **MASKED, **sizes, **short, "arch": "swin_tiny", "patch_size": 4}
+    options = {**METHODS["ibot"], **MASKED, **sizes, **short, "arch": "swin_tiny", "patch_size": None}  # left out
     run_here(monkeypatch, data_path=images, output_dir=tmp_path, **options)
     assert log_of(tmp_path)[0]["train_hidden_patches"] > 0 and log_of(tmp_path)[0]["train_patch"] > 0
     network = network_from_file(tmp_path / "checkpoint.pth")
     assert network.arch == "swin_tiny" and network.report.complete
+    assert load(tmp_path)["args"]["patch_size"] == 4
 
 
 @pytest.mark.parametrize("name", METHODS)
