@@ -1,0 +1,158 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from training.options import check_options, compare_with_presets, parse_options, trajectory_options
+from training.presets import CONFIGS, read_preset
+from utils import UsageError, World
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+PRESETS = pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+
+
+@PRESETS
+def test_every_preset_is_read_by_its_methods_parser(path):
+    args = parse_options(["--method", path.parent.name, "--config", str(path)])
+    preset = read_preset(path)
+    assert preset.expected, "a preset says what the published run reached"
+    for name, (value, _) in preset.options.items():
+        got = getattr(args, name)
+        assert (list(got) if isinstance(got, tuple) else got) == value, name
+    assert len(path.read_text().splitlines()) <= 40
+
+
+def gpus_of(path):
+    """Number of processes that a preset's remark gives its batch for."""
+    remark = re.search(r"^batch_size_per_gpu: \d+  # (?:on (\d+) GPUs|in one process)", path.read_text(), re.MULTILINE)
+    return int(remark[1] or 1)
+
+
+@PRESETS
+def test_every_preset_can_be_started_and_has_the_images_per_step_it_names(path):
+    args = parse_options(["--config", str(path), "--method", path.parent.name])
+    check_options(args, ALONE)
+    images = str(read_preset(path).expected["global_batch"]).split()[0]
+    assert args.batch_size_per_gpu * gpus_of(path) == int(images)
+
+
+MULTI_CROP = "--local_crops_number 10 --global_crops_scale 0.25 1 --local_crops_scale 0.05 0.25"
+TEACHER_OF_IBOT = "--teacher_temp 0.07 --warmup_teacher_temp_epochs 30 --norm_last_layer false"
+IBOT_RUN = f"{TEACHER_OF_IBOT} --shared_head true --out_dim 8192 {MULTI_CROP} --pred_ratio 0 0.3 --pred_ratio_var 0 0.2"
+ATTMASK_RUN = (
+    f"--arch vit_small {TEACHER_OF_IBOT} --shared_head True --out_dim 8192 --num_workers 4 --eval_every 20 "
+    "--pred_ratio 0.3 --pred_ratio_var 0.2 --masking_prob 0.5"
+)
+HINT = "--pred_shape attmask_hint --show_max 0.1"
+PUBLISHED = {  # the options of the commands in the originals' READMEs
+    "ibot/vit_small_p16_ep800": f"{IBOT_RUN} --arch vit_small --epochs 800 --batch_size_per_gpu 64",
+    "ibot/swin_tiny_w14_ep300": f"{IBOT_RUN} --arch swin_tiny --epochs 300 --batch_size_per_gpu 26 "
+    "--pred_start_epoch 50 --patch_size 4 --window_size 14",
+    "attmask/hint_ep100": f"{ATTMASK_RUN} {MULTI_CROP} {HINT} --epochs 100 --batch_size_per_gpu 60 "
+    "--momentum_teacher 0.996 --subset -1",
+    "attmask/high_ep100": f"{ATTMASK_RUN} {MULTI_CROP} --pred_shape attmask_high --epochs 100 --batch_size_per_gpu 60 "
+    "--momentum_teacher 0.996 --subset -1",
+    "attmask/high_ep300": f"{ATTMASK_RUN} --local_crops_number 10 --global_crops_scale 0.32 1 "
+    "--local_crops_scale 0.05 0.32 --pred_shape attmask_high --epochs 300 --batch_size_per_gpu 100 "
+    "--momentum_teacher 0.996 --subset -1",
+    "attmask/hint_ep100_subset260": f"{ATTMASK_RUN} {MULTI_CROP} --local_crops_number 6 {HINT} --epochs 100 "
+    "--batch_size_per_gpu 60 --momentum_teacher 0.99 --subset 260",
+    "udi/vit_small_ep300": f"--arch vit_small {MULTI_CROP} --norm_last_layer false --epochs 300 "
+    "--batch_size_per_gpu 128",
+}
+PUBLISHED["attmask/high_ep100_subset260"] = PUBLISHED["attmask/hint_ep100_subset260"].replace(
+    HINT, "--pred_shape attmask_high"
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_is_the_command_of_the_originals_readme(name):
+    published = parse_options(["--method", name.split("/")[0], *PUBLISHED[name].split()])
+    preset = parse_options(["--method", name.split("/")[0], "--config", str(CONFIGS / f"{name}.yaml")])
+    for args in (published, preset):
+        check_options(args, ALONE)
+    assert trajectory_options(published) == trajectory_options(preset)
+    assert published.batch_size_per_gpu == preset.batch_size_per_gpu
+    if name.startswith("attmask"):
+        assert published.knn_every == preset.knn_every
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "lr", "steps"),
+    [
+        ("attmask/hint_ep100", 1_281_167, 4.6875e-4, 5338),
+        ("attmask/high_ep100", 1_281_167, 4.6875e-4, 5338),
+        ("attmask/high_ep300", 1_281_167, 1.5625e-3, 1601),
+        ("attmask/hint_ep100_subset260", 260_000, 4.6875e-4, 1083),
+        ("attmask/high_ep100_subset260", 260_000, 4.6875e-4, 1083),
+        ("ibot/vit_small_p16_ep800", 1_281_167, 2e-3, 1251),
+        ("ibot/swin_tiny_w14_ep300", 1_281_167, 2.03125e-3, 1231),
+        ("ibot/vit_base_p16_ep400", 1_281_167, 3e-3, 1251),
+        ("udi/vit_small_ep300", 1_281_167, 2e-3, 1251),
+    ],
+)
+def test_learning_rate_and_steps_of_a_preset_are_those_of_the_original(name, images, lr, steps):
+    path = CONFIGS / f"{name}.yaml"
+    batch = read_preset(path).expected["global_batch"]
+    args = parse_options(["--method", path.parent.name, "--config", str(path)])
+    assert (args.lr * batch / 256, images // batch) == (pytest.approx(lr), steps)
+
+
+def test_the_command_line_overrides_a_preset():
+    path = str(CONFIGS / "dino" / "boosted.yaml")
+    assert parse_options(["--config", path]).epochs == 300
+    assert parse_options(["--config", path, "--epochs", "7"]).epochs == 7
+    assert parse_options(["--epochs", "7", "--config", path]).epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 0.1\nepocs: 3\n", r"line 2: unknown option 'epocs'; did you mean epochs\?"),
+        ("lr: fast\n", r"line 1: argument --lr: invalid float value: 'fast'"),
+        ("optimizer: adam\n", "line 1: argument --optimizer: invalid choice: 'adam'"),
+        ("- a list\n", "expected lines of the form"),
+        ("a: [\n", "not YAML"),
+        ("method: mugs\n", "preset of mugs"),
+    ],
+)
+def test_a_faulty_preset_is_answered_with_its_line_and_key(tmp_path, text, message):
+    path = tmp_path / "faulty.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        parse_options(["--method", "dino", "--config", str(path)])
+
+
+def test_the_nearest_preset_is_named_with_its_result_and_every_difference():
+    args = parse_options(["--epochs", "300", "--teacher_temp", "0.07", "--warmup_teacher_temp_epochs", "30"])
+    lines = compare_with_presets(args, world_size=16)
+    assert "boosted.yaml" in lines[0] and "73.3" in lines[0]
+    assert lines[1:] == ["  norm_last_layer: True (preset False)"]
+
+
+@PRESETS
+def test_a_preset_alone_names_its_method_and_is_nearest_to_itself(path):
+    args = parse_options(["--config", str(path)])
+    assert args.method == path.parent.name
+    images = args.batch_size_per_gpu * gpus_of(path)
+    lines = compare_with_presets(args, world_size=gpus_of(path))
+    assert lines[0].startswith(f"nearest preset: configs/{args.method}/{path.name} ")
+    inferred = [f"  images per step: {images} (preset {images} (inferred))"]
+    assert lines[1:] in (["  no option differs"], inferred)
+
+
+def test_patches_left_out_are_no_difference():
+    path = CONFIGS / "ibot" / "swin_tiny_w14_ep300.yaml"
+    argv = PUBLISHED["ibot/swin_tiny_w14_ep300"].replace("--patch_size 4", "").split()
+    lines = compare_with_presets(parse_options(["--method", "ibot", *argv]), world_size=gpus_of(path))
+    assert "swin_tiny_w14" in lines[0] and lines[1:] == ["  no option differs"]
+
+
+def test_presets_keep_to_one_value_per_line():
+    for path in CONFIGS.glob("*/*.yaml"):
+        assert yaml.safe_load(Path(path).read_text())
