@@ -14,6 +14,7 @@ so one pass per student view is enough and no log-probability is stored. Everyth
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MiB of float32
@@ -24,6 +25,13 @@ def teacher_probabilities(logits: torch.Tensor, centre: torch.Tensor, temperatur
     """softmax((logits - centre) / temperature) over the last axis, float32 or better."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.softmax((logits - centre) / temperature, dim=-1)
+
+
+def mean_logits(layer: nn.Module, z: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of a linear layer's output, (batch, tokens, dim) -> (batch, prototypes), float32 or better."""
+    accurate = torch.float64 if z.dtype == torch.float64 else torch.float32
+    with torch.autocast(z.device.type, enabled=False):
+        return layer(z.mean(dim=1, dtype=accurate))
 
 
 def cross_view_targets(probs: torch.Tensor, num_views: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -47,8 +55,9 @@ def cross_view_targets(probs: torch.Tensor, num_views: int) -> tuple[torch.Tenso
 class Targets(NamedTuple):
     """What consecutive student rows are compared with.
 
-    Shapes     probs (sources, prototypes), no gradient; source (rows,) int64, the one of every row; mass (rows,), the
-               sum of every row's target; row_weight (rows,) or a number; share, of the group in the sum
+    Shapes     probs (sources, prototypes), no gradient; source (rows,) int64, the one of every row, or (rows, terms),
+               those that are added up; mass (rows,), the sum of every row's target; row_weight (rows,) or a number;
+               share, of the group in the sum
     """
 
     probs: torch.Tensor
@@ -64,6 +73,8 @@ def prototype_cross_entropy(
     """What every group of rows loses, and the sum of these, each times its share:
 
     sum_r row_weight_r * (mass_r * logsumexp(s_r) - <probs[source_r], s_r>),  s = z weight^T / temperature
+
+    where probs[source_r] is a sum of several rows if source_r is several numbers: the row's logits are formed once.
 
     Shapes     z (rows, dim), the rows of the first group first; weight (prototypes, dim)
     Returns    the sum, and the groups' losses (groups,) without a gradient; nats, float32 or better
@@ -163,7 +174,10 @@ def _target_rows(groups: list[Targets], first: int, last: int) -> torch.Tensor:
         stop = start + len(group.source)
         low, high = max(first, start), min(last, stop)
         if low < high:
-            part = target[low - first : high - first]
-            torch.index_select(group.probs, 0, group.source[low - start : high - start], out=part)
+            part, source = target[low - first : high - first], group.source[low - start : high - start]
+            head, *others = source.unbind(dim=1) if source.ndim == 2 else (source,)
+            torch.index_select(group.probs, 0, head, out=part)
+            for column in others:
+                part += group.probs.index_select(0, column)
         start = stop
     return target

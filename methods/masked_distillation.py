@@ -20,7 +20,7 @@ import torch.nn as nn
 
 from methods.base import Clock, backbone_arguments
 from methods.centring import Centres
-from methods.distillation import cross_view_loss, masked_patch_loss, teacher_probabilities
+from methods.distillation import cross_view_loss, masked_patch_loss, mean_logits, teacher_probabilities
 from methods.heads import ACTIVATIONS, NORMS, IBOTHead
 from methods.multicrop import MultiCropNetwork, add_crop_arguments, check_crop_arguments, local_crops
 from methods.teacher import (
@@ -289,13 +289,6 @@ class MaskedDistillation(PrototypeMethod):
 
     def checkpoint_parts(self) -> dict[str, nn.Module]:
         return {"student": self.student, "teacher": self.teacher, "ibot_loss": self.centres}
-
-
-def mean_logits(layer: nn.Module, z: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of a linear layer's output, (batch, tokens, dim) -> (batch, prototypes), float32 or better."""
-    accurate = torch.float64 if z.dtype == torch.float64 else torch.float32
-    with torch.autocast(z.device.type, enabled=False):
-        return layer(z.mean(dim=1, dtype=accurate))
 
 
 def patch_temperatures(first: float, final: float, warmup_epochs: int, epochs: int, start_epoch: int) -> np.ndarray:

@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from methods import distillation
-from methods.distillation import Targets, cross_view_loss, prototype_cross_entropy, teacher_probabilities
+from methods.distillation import (
+    Targets,
+    cross_view_loss,
+    mean_logits,
+    prototype_cross_entropy,
+    teacher_probabilities,
+)
 
 
 def double_loop(z, weight, probs, temperature):
@@ -103,3 +109,40 @@ def test_teacher_probabilities_are_computed_in_float32_or_better():
     assert teacher_probabilities(logits.bfloat16(), torch.zeros(1, 9), 0.04).dtype == torch.float32
     assert teacher_probabilities(logits.double(), torch.zeros(1, 9).double(), 0.04).dtype == torch.float64
     torch.testing.assert_close(teacher_probabilities(logits, torch.zeros(1, 9), 0.04).sum(-1), torch.ones(4))
+
+
+@pytest.mark.parametrize("chunk", [2**24, 50, 1])
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_a_row_may_have_several_teacher_rows_and_equals_the_double_loop(terms, chunk, monkeypatch):
+    monkeypatch.setattr(distillation, "CHUNK_ELEMENTS", chunk)
+    z, weight, _ = inputs(views=7, batch=1, prototypes=9, dim=4)
+    probs = torch.randn(6, 9, dtype=torch.float64).softmax(dim=-1)
+    source = torch.randint(6, (4, terms))  # the same row may stand in it twice
+    single, ones = torch.tensor([5, 0, 5]), torch.ones(7, dtype=torch.float64)
+    groups = [Targets(probs, source, terms * ones[:4], 0.25, share=0.5), Targets(probs, single, ones[4:], 1.0)]
+    fast, parts = prototype_cross_entropy(z, weight, groups, 0.1)
+    log_probs = (z @ weight.t() / 0.1).log_softmax(dim=-1)
+    several = sum(-(probs[source[row, term]] * log_probs[row]).sum() / 4 for row in range(4) for term in range(terms))
+    alone = sum(-(probs[single[row]] * log_probs[4 + row]).sum() for row in range(3))
+    torch.testing.assert_close(parts, torch.stack((several, alone)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(fast, 0.5 * several + alone, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(loss, [z, weight]) for loss in (fast, 0.5 * several + alone)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-13)
+
+
+def test_logits_of_a_row_with_several_teacher_rows_are_formed_once(monkeypatch):
+    z, weight, probs = inputs(views=3, batch=2, prototypes=8, dim=4)
+    source, mass = torch.tensor([[0, 1]] * 6), torch.full((6,), 2.0, dtype=torch.float64)
+    formed = []
+    logsumexp = torch.Tensor.logsumexp
+    monkeypatch.setattr(torch.Tensor, "logsumexp", lambda t, **kw: formed.append(len(t)) or logsumexp(t, **kw))
+    prototype_cross_entropy(z, weight, [Targets(probs.flatten(0, 1), source, mass, 1.0)], 0.1)
+    assert formed == [6]
+
+
+def test_the_mean_logit_is_the_logit_of_the_mean():
+    layer = torch.nn.Linear(5, 7, bias=False).double()
+    z = torch.randn(3, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(mean_logits(layer, z), layer(z).mean(dim=1), rtol=1e-12, atol=1e-14)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mean_logits(layer.float(), z.float()).dtype == torch.float32
