@@ -87,6 +87,18 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows (rows, ...) of all processes, those of rank 0 first: (processes * rows, ...), the same on all of them.
+
+    Every process has as many. No gradient crosses processes. A process alone gets ``tensor`` back.
+    """
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.datasets import BadImage, Source
 from evaluation.unreadable import Unreadable
 from models.vit import VisionTransformer
-from utils import World, all_gather_objects, log, usable_cpus
+from utils import World, all_gather_objects, all_gather_rows, log, usable_cpus
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which feature: pure functions (network, images (batch, 3, height, width)) -> (batch, width of the feature)
@@ -290,11 +290,7 @@ def _all_gather(part, where, rows, dim, world):
     index = torch.full((rows,), -1, dtype=torch.long, device=world.device)
     if len(part):  # a process without images does not know the width of a row
         padded[: len(part)], index[: len(where)] = part, where
-    all_rows = [torch.empty_like(padded) for _ in range(world.size)]
-    all_indices = [torch.empty_like(index) for _ in range(world.size)]
-    dist.all_gather(all_rows, padded)
-    dist.all_gather(all_indices, index)
-    all_rows, all_indices = torch.cat(all_rows).cpu(), torch.cat(all_indices).cpu()
+    all_rows, all_indices = all_gather_rows(padded).cpu(), all_gather_rows(index).cpu()
     return all_rows[all_indices >= 0], all_indices[all_indices >= 0]
 
 

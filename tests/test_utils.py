@@ -11,6 +11,7 @@ import torch
 from utils import (
     Parser,
     UsageError,
+    all_gather_rows,
     bool_flag,
     check_writable,
     cosine_scheduler,
@@ -171,9 +172,29 @@ def two_tasks(code: str) -> list[list[str]]:
             task.kill()
 
 
-def test_tasks_of_srun_find_their_place():
-    code = "from utils import *; w = init_world('cpu'); print(w.rank, w.size, w.local_rank); leave_world()"
-    assert two_tasks(code) == [["0", "2", "0"], ["1", "2", "1"]]
+GATHER = """
+from utils import *
+
+world = init_world("cpu")
+print(world.rank, world.size, world.local_rank)
+for kind in (torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16):
+    rows = torch.tensor([[0, 1, 0], [1, 1, 0]]).mul(world.rank).to(kind)[:, :2].requires_grad_(kind.is_floating_point)
+    gathered = all_gather_rows(rows)
+    assert gathered.dtype == kind and not gathered.requires_grad
+    print("".join(str(int(value)) for value in gathered.flatten()))
+print(all_gather_rows(torch.full((3,), world.rank)).tolist() == [0, 0, 0, 1, 1, 1])
+leave_world()
+"""
+
+
+def test_tasks_of_srun_find_their_place_and_gather_rows_in_the_order_of_their_ranks():
+    gathered = ["00000111"] * 5 + ["True"]
+    assert two_tasks(GATHER) == [["0", "2", "0", *gathered], ["1", "2", "1", *gathered]]
+
+
+def test_a_process_alone_gathers_its_own_rows():
+    rows = torch.arange(6).view(3, 2)
+    assert all_gather_rows(rows) is rows
 
 
 LEAVE_OFTEN = """

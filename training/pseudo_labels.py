@@ -5,10 +5,9 @@ The original of iBOT and AttMask logs it as nmi, ari, fscore, and adjacc, which 
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from evaluation.clustering import adjusted_rand_index, contingency, fowlkes_mallows, normalized_mutual_information
-from utils import World, all_reduce_sum, log
+from utils import World, all_gather_rows, all_reduce_sum, log
 
 
 class PseudoLabels:
@@ -23,28 +22,21 @@ class PseudoLabels:
         """Images of a piece and their prototypes, both (batch,). Neither is looked at before the epoch's end."""
         if self.known and predictions is not None:
             # a copy: what a loading process sent keeps a file open as long as it lives
-            self._pieces.append(torch.stack((indices.to(self.world.device, non_blocking=True), predictions)))
+            pairs = (indices.to(self.world.device, non_blocking=True), predictions)
+            self._pieces.append(torch.stack(pairs, dim=1))
 
     def end_epoch(self) -> dict[str, float]:
         """The measures over all images that were added on any process, the same on all; {} when there were none."""
         if not self._pieces:
             return {}
-        seen = self._gather(torch.cat(self._pieces, dim=1))
+        seen = all_gather_rows(torch.cat(self._pieces))  # (images, 2)
         self._pieces.clear()
         values = torch.zeros(3, dtype=torch.float64)
         if self.world.rank == 0:
-            indices, predictions = seen.cpu().numpy()
+            indices, predictions = seen.cpu().numpy().T
             table = contingency(np.asarray(self.labels)[indices], predictions)
             measures = (normalized_mutual_information, adjusted_rand_index, fowlkes_mallows)
             values = torch.tensor([measure(table) for measure in measures], dtype=torch.float64)
         nmi, ari, fscore = all_reduce_sum(values.to(self.world.device)).tolist()
         log.info("NMI: %s, ARI: %s, F: %s, ACC: -1", nmi, ari, fscore)
         return {"nmi": nmi, "ari": ari, "fscore": fscore, "adjacc": -1.0}
-
-    def _gather(self, seen: torch.Tensor) -> torch.Tensor:
-        """(2, images) of all processes; every one of them has seen as many."""
-        if self.world.size == 1:
-            return seen
-        parts = [torch.empty_like(seen) for _ in range(self.world.size)]
-        dist.all_gather(parts, seen)
-        return torch.cat(parts, dim=1)
