@@ -46,9 +46,9 @@ from utils import (
     autocast,
     barrier,
     batch_dtype,
-    cosine_scheduler,
     escape,
     git_revision,
+    half_dtype,
     init_world,
     keep_large_blocks,
     log,
@@ -82,7 +82,8 @@ class Run:
     def clock(self, epoch: int, step: int, first_sample: int = 0) -> Clock:
         iteration = epoch * self.niter + step
         now = {name: float(values[iteration]) for name, values in self.schedules.items()}
-        return Clock(epoch=epoch, iteration=iteration, seed=self.args.seed, first_sample=first_sample, **now)
+        place = {"seed": self.args.seed, "first_sample": first_sample, "global_batch": self.global_batch}
+        return Clock(epoch=epoch, iteration=iteration, **place, **now)
 
 
 def train_one_epoch(run: Run, epoch: int, pieces: Iterator[dict], first_step: int = 0) -> None:
@@ -95,7 +96,7 @@ def train_one_epoch(run: Run, epoch: int, pieces: Iterator[dict], first_step: in
         losses, batch = forward_backward(run, pieces, epoch, step)
         if run.scaler is not None:
             run.scaler.unscale_(run.optimizer)
-        norms = run.method.clip_gradients(run.args.clip_grad)
+        norms = run.method.clip_gradients(run.args.clip_grad, clock)
         run.method.after_backward(clock)
 
         finite = losses["loss"].isfinite()
@@ -232,7 +233,8 @@ def build(args: argparse.Namespace, world: World) -> Run:
     niter = steps_per_epoch(len(source), global_batch)
 
     torch.manual_seed(args.seed)
-    method = method_class(args.method).build(args).to(world.device, batch_dtype(args.precision))
+    method = method_class(args.method).build(args)
+    method = method.place(world.device, batch_dtype(args.precision), half_dtype(args.precision))
     prepare_blocks(method, args)
     method = synchronise_batch_norm(method, world.device)
     model = method
@@ -240,11 +242,6 @@ def build(args: argparse.Namespace, world: World) -> Run:
         on_gpu = {"device_ids": [world.device.index]} if world.device.type == "cuda" else {}
         model = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True, **on_gpu)
 
-    schedules = {
-        "lr": cosine_scheduler(args.lr * global_batch / 256, args.min_lr, args.epochs, niter, args.warmup_epochs),
-        "weight_decay": cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, niter),
-        "momentum": cosine_scheduler(getattr(args, "momentum_teacher", 1.0), 1.0, args.epochs, niter),
-    }
     monitor = Monitor(Path(args.output_dir), args.epochs, niter, args.print_freq, global_batch, world)
     return Run(
         args=args,
@@ -256,7 +253,7 @@ def build(args: argparse.Namespace, world: World) -> Run:
         scaler=torch.amp.GradScaler(world.device.type) if args.precision == "fp16" else None,
         niter=niter,
         global_batch=global_batch,
-        schedules=schedules,
+        schedules=method.schedules(args, niter, global_batch),
         monitor=monitor,
         consensus=Consensus(world.device),
         blackbox=BlackBox(args, len(source), world),
@@ -297,7 +294,7 @@ def describe(run: Run) -> None:
         run.source.name,
         run.global_batch,
         run.niter,
-        run.args.lr * run.global_batch / 256,
+        run.schedules["lr"].max(),
     )
 
 

@@ -152,11 +152,15 @@ def batch_dtype(precision: str) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
+def half_dtype(precision: str) -> torch.dtype | None:
+    """Type of matrix products where that is half of the weights' precision; None where it is theirs."""
+    return PRECISIONS[precision] if precision in ("bf16", "fp16") else None
+
+
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """Half precision for matrix products, where that is what was asked for."""
-    if precision in ("fp32", "fp64"):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, PRECISIONS[precision])
+    half = half_dtype(precision)
+    return torch.autocast(device.type, half) if half else contextlib.nullcontext()
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -110,7 +110,7 @@ class Side:
             textbook.update(self.method, self.optimizer, CLIP, clock)
             marks += [marks[-1], marks[-1]]
         else:
-            self.method.clip_gradients(CLIP)
+            self.method.clip_gradients(CLIP, clock)
             marks.append(self._now())
             optimizer_step(self.optimizer, None, None)
             marks.append(self._now())

@@ -2,12 +2,12 @@
 
 A method is one module that owns its student, its teachers and its state. The training loop calls, in this order:
 
-    forward(batch, clock)      a dict with "loss" and every part worth plotting, still on the device
-    clip_gradients(clip)       as the original clips; returns the norms before clipping
-    after_backward(clock)      e.g. cancel the last layer's gradients in the first epochs
-    after_step(clock, gate)    EMA, centres, queues: whatever follows the optimiser. A ``gate`` of 0 (a tensor on the
-                               device) means that loss or gradient was not finite: change nothing, forget what
-                               ``forward`` collected. None means that the step was certainly taken
+    forward(batch, clock)         a dict with "loss" and every part worth plotting, still on the device
+    clip_gradients(clip, clock)   as the original clips; returns the norms before clipping
+    after_backward(clock)         e.g. cancel the last layer's gradients in the first epochs
+    after_step(clock, gate)       EMA, centres, queues: whatever follows the optimiser. A ``gate`` of 0 (a tensor on the
+                                  device) means that loss or gradient was not finite: change nothing, forget what
+                                  ``forward`` collected. None means that the step was certainly taken
 
 Adding a method: CONTRIBUTING.md.
 """
@@ -22,14 +22,16 @@ import torch.nn as nn
 
 from models import family_of
 from randomness import counted_uniforms
+from utils import cosine_scheduler
 
 
 @dataclass(frozen=True)
 class Clock:
     """Where training stands, and this iteration's values of the schedules.
 
-    ``first_sample`` is the position of the batch's first image in the global batch of all processes and pieces: with
-    ``seed`` and ``iteration`` it keys the random draws, so that they do not depend on how a batch is divided.
+    ``first_sample`` is the position of the batch's first image in the global batch of all processes and pieces, which
+    has ``global_batch`` images: with ``seed`` and ``iteration`` it keys the random draws, so that they do not depend on
+    how a batch is divided.
     """
 
     epoch: int
@@ -39,6 +41,7 @@ class Clock:
     momentum: float = 1.0
     seed: int = 0
     first_sample: int = 0
+    global_batch: int = 0
 
     def drop_path_draws(self, depth: int, crops: int, batch: int) -> np.ndarray:
         """Uniform numbers for stochastic depth: (depth, 2 branches, crops * batch), crops-major like the features."""
@@ -75,6 +78,23 @@ class Method(nn.Module):
         """The method with its networks, from checked options."""
         raise NotImplementedError
 
+    def place(self, device: torch.device, dtype: torch.dtype, half: torch.dtype | None) -> "Method":
+        """The method on ``device`` with weights of ``dtype``. ``half``: the type that the run's products are computed
+        in, None where it is ``dtype`` as well; what is never trained may be kept in it.
+        """
+        return self.to(device, dtype)
+
+    @staticmethod
+    def schedules(args: argparse.Namespace, niter: int, global_batch: int) -> dict[str, np.ndarray]:
+        """``Clock``'s lr, weight_decay and momentum, one value per iteration. ``niter``: steps per epoch."""
+        last_decay = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+        momentum = getattr(args, "momentum_teacher", 1.0)
+        return {
+            "lr": cosine_scheduler(args.lr * global_batch / 256, args.min_lr, args.epochs, niter, args.warmup_epochs),
+            "weight_decay": cosine_scheduler(args.weight_decay, last_decay, args.epochs, niter),
+            "momentum": cosine_scheduler(momentum, 1.0, args.epochs, niter),
+        }
+
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def forward(self, batch: dict, clock: Clock) -> dict[str, torch.Tensor]:
@@ -92,7 +112,7 @@ class Method(nn.Module):
                 (undecayed if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
         return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0, "wd_multiplier": 0.0}]
 
-    def clip_gradients(self, clip: float) -> torch.Tensor:
+    def clip_gradients(self, clip: float, clock: Clock) -> torch.Tensor:
         return clip_per_tensor_([p.grad for p in self.student.parameters() if p.grad is not None], clip)
 
     def after_backward(self, clock: Clock) -> None:

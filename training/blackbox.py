@@ -18,7 +18,7 @@ from methods.base import Clock, Method
 from models.safe_load import load_file
 from training.consensus import Verdict
 from training.options import parse_options, resolve_precision
-from utils import UsageError, World, autocast, batch_dtype, log, save_torch
+from utils import UsageError, World, autocast, batch_dtype, half_dtype, log, save_torch
 
 
 class BlackBox:
@@ -89,7 +89,7 @@ def replay(path: Path, overrides: dict, world: World) -> int:
     resolve_precision(args, world.device)
     source = open_training(args.data_path, args.subset, args.split).read_as(reading_from(args))
     cls = method_class(args.method)
-    method = cls.build(args).to(world.device, batch_dtype(args.precision))
+    method = cls.build(args).place(world.device, batch_dtype(args.precision), half_dtype(args.precision))
     for key, part in method.checkpoint_parts().items():
         part.load_state_dict(state[key])
 
@@ -117,7 +117,7 @@ def replay(path: Path, overrides: dict, world: World) -> int:
     for number in range(pieces):
         piece = next(ahead)
         seen.append(piece["indices"].cpu())
-        clock = Clock(epoch, iteration, seed=args.seed, first_sample=piece["first_sample"])
+        clock = Clock(epoch, iteration, seed=args.seed, first_sample=piece["first_sample"], global_batch=batch)
         with autocast(args.precision, world.device):
             losses = method(piece, clock)
         log.info("piece %d: %s", number, ", ".join(f"{name} {value.item():.6g}" for name, value in losses.items()))

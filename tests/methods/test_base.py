@@ -1,8 +1,11 @@
+import argparse
+
 import numpy as np
 import pytest
 import torch
 
-from methods.base import Clock, clip_per_tensor_, ema_update_
+from methods.base import Clock, Method, clip_per_tensor_, ema_update_
+from utils import cosine_scheduler
 
 
 def test_clipping_equals_a_loop_over_tensors():
@@ -49,3 +52,24 @@ def test_drop_path_draws_are_uniform_and_new_at_every_iteration():
     assert abs((draws < 0.1).mean() - 0.1) < 0.003
     flat = draws.reshape(4, -1)
     assert np.abs(np.corrcoef(flat) - np.eye(4)).max() < 0.03
+
+
+@pytest.mark.parametrize("momentum", [{}, {"momentum_teacher": 0.9}])
+@pytest.mark.parametrize(("last", "decays"), [(0.4, True), (0.0, True), (None, False)])
+def test_schedules_are_those_of_the_options_and_a_decay_without_an_end_is_constant(last, decays, momentum):
+    args = argparse.Namespace(lr=0.5, min_lr=0.01, epochs=4, warmup_epochs=1, weight_decay=0.04, weight_decay_end=last)
+    found = Method.schedules(argparse.Namespace(**vars(args), **momentum), niter=5, global_batch=64)
+    assert np.array_equal(found["lr"], cosine_scheduler(0.125, 0.01, 4, 5, 1))
+    constant = np.full(20, 0.04)
+    assert np.array_equal(found["weight_decay"], cosine_scheduler(0.04, last, 4, 5) if decays else constant)
+    assert np.array_equal(found["momentum"], cosine_scheduler(momentum.get("momentum_teacher", 1.0), 1.0, 4, 5))
+
+
+def test_a_method_stands_where_it_is_placed_whatever_products_are_computed_in():
+    class Two(Method):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+    placed = Two().place(torch.device("cpu"), torch.float64, torch.bfloat16)
+    assert isinstance(placed, Two) and placed.layer.weight.dtype == torch.float64

@@ -10,7 +10,7 @@ import torch
 
 from main_pretrain import Run, train_one_epoch
 from methods.attmask import AttMask
-from methods.base import Method
+from methods.base import Clock, Method
 from methods.dino import DINO
 from methods.heads import DINOHead, IBOTHead
 from methods.ibot import IBOT
@@ -45,10 +45,10 @@ class Diary:
     def _after(self, _method, _inputs, output) -> None:
         self.steps[-1] |= {name: value.item() for name, value in output.items()}
 
-    def _before_clipping(self, clip: float) -> torch.Tensor:
+    def _before_clipping(self, clip: float, clock: Clock) -> torch.Tensor:
         named = self.method.student.named_parameters()
         self.steps[-1]["grad_norms"] = {name: p.grad.norm().item() for name, p in named if p.grad is not None}
-        return self._clip(clip)
+        return self._clip(clip, clock)
 
     def _after_step(self, clock, gate) -> None:
         self._step(clock, gate)
