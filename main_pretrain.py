@@ -311,7 +311,7 @@ def main() -> int:
     if args.dry_run:
         dry_run(run, device_pieces(run, 0, 0))
         return 0
-    train(run, OnlineKNN(args, world, run.method.evaluation_backbone()))
+    train(run, OnlineKNN(args, world, run.method.evaluation_backbone(), run.method.image_size(args)))
     return 0
 
 

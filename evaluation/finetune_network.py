@@ -10,17 +10,18 @@ from models import ALIASES, VIT, family_of
 from models.adapt import load_to_finetune
 from models.checkpoints import Network, choose_architecture
 from models.finetuned import build_finetuned
+from models.layouts.table import recorded_image_size
 from models.reading import read_backbone
 from utils import UsageError, log
 
 
 def build_network(args: argparse.Namespace) -> tuple[Network, Sets]:
     """The network to be fine-tuned, its weights from --finetune, and the images it will see."""
-    state, info, recorded = {}, None, {}
+    state, info, trained_at = {}, None, None
     if args.finetune:
         state, info = read_backbone(args.finetune, args.checkpoint_key, *args.model_key.split("|"))
-        recorded = info.arguments
-    sets = build_sets(args, recorded.get("global_crops_size"))
+        trained_at = recorded_image_size(info.arguments)
+    sets = build_sets(args, trained_at)
     arch, arguments = architecture(args, state, info)
     family = family_of(arch)
     backbone = family.arguments(arguments) | {"drop_path_rate": args.drop_path}
@@ -68,9 +69,9 @@ def architecture(args: argparse.Namespace, state: dict, info: object) -> tuple[s
     return arch, family_of(arch).arguments({"patch_size": patch_size, "window_size": args.window_size})
 
 
-def build_sets(args: argparse.Namespace, recorded_size: object) -> Sets:
+def build_sets(args: argparse.Namespace, recorded_size: int | None) -> Sets:
     """The images, at --input_size, else as the network was trained, else at 224 pixels."""
-    size = args.input_size or (recorded_size if isinstance(recorded_size, int) else 224)
+    size = args.input_size or recorded_size or 224
     whole = args.data_path is None or size >= 384  # a bundled tile has no border to cut off
     resize = int(size / (args.crop_pct or (1.0 if whole else 224 / 256)))
     images = open_train_and_test(args.data_path, args.subset, eval_data_path=args.eval_data_path)

@@ -34,7 +34,7 @@ def _add_network(add) -> None:
     add("--model", "--arch", default=None, help="architecture; left out: the file's own, else vit_small")
     add("--patch_size", default=None, type=int, help="left out: the file's own, else 16 (Swin: 4)")
     add("--window_size", default=None, type=int, help="of a Swin; left out: the file's own, else 7")
-    add("--input_size", default=None, type=int, help="pixels; left out: the file's global_crops_size, else 224")
+    add("--input_size", default=None, type=int, help="pixels; left out: the file's own, else 224")
     add("--rel_pos_bias", action="store_true", default=True, help="a bias by relative position, per block")
     add("--disable_rel_pos_bias", action="store_false", dest="rel_pos_bias", help="without it")
     add("--abs_pos_emb", action="store_true", help="the file's positions")

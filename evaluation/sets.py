@@ -10,6 +10,7 @@ from data.datasets import Source, check_subset, open_source, testing_path, train
 from data.decode import Reading, add_reading_arguments
 from evaluation.features import labels_of
 from models.checkpoints import Network
+from models.layouts.table import recorded_image_size
 from utils import UsageError, check_writable, escape
 
 SKIP_HELP = "leave out test images that cannot be read, and count them; left out: they are refused by their names"
@@ -20,7 +21,7 @@ def add_data_arguments(parser: argparse._ActionsContainer) -> None:
     add = parser.add_argument
     add_path_arguments(add)
     add("--subset", default=None, type=int, help="training images per class; left out or -1: all")
-    add("--crop_size", default=None, type=int, help="pixels; left out: the checkpoint's global_crops_size, else 224")
+    add("--crop_size", default=None, type=int, help="pixels; left out: the checkpoint's own, else 224")
     add("--resize_size", default=None, type=int, help="shorter side before the crop; left out: crop * 256 / 224")
     add("--batch_size_per_gpu", default=128, type=int, help="images per forward pass and process")
     add("--num_workers", default=10, type=int, help="processes that decode images, per process")
@@ -48,8 +49,8 @@ def check_common_arguments(args: argparse.Namespace) -> None:
 
 def crop_and_resize(args: argparse.Namespace, network: Network) -> tuple[int, int]:
     """Crop and shorter side in pixels: as asked, else as the network was trained, else 224 of 256."""
-    recorded = network.report.info.arguments.get("global_crops_size") if network.report else None
-    crop = args.crop_size or (recorded if isinstance(recorded, int) else 224)
+    recorded = recorded_image_size(network.report.info.arguments) if network.report else None
+    crop = args.crop_size or recorded or 224
     margin = 1 if args.data_path is None else 256 / 224  # a bundled tile has no border to cut off
     resize, patch = args.resize_size or round(crop * margin), network.arguments.get("patch_size", 1)
     if not patch <= crop <= resize:

@@ -73,6 +73,11 @@ class Method(nn.Module):
         """A picklable transform: (image, key) -> dict of the tensors one image contributes (data/views.py)."""
         raise NotImplementedError
 
+    @staticmethod
+    def image_size(args: argparse.Namespace) -> int:
+        """Pixels along a side of what the network is trained on; evaluations crop to it unless told otherwise."""
+        return args.global_crops_size
+
     @classmethod
     def build(cls, args: argparse.Namespace) -> "Method":
         """The method with its networks, from checked options."""

@@ -75,7 +75,9 @@ def read_backbone(path: str | Path, checkpoint_key: str = "teacher", *others: st
         method=layout.method or ours.get("method"),
         key=key,
         epoch=file["epoch"] if isinstance(file.get("epoch"), int) else None,
-        arguments=recorded_arguments(file) | config | {name: ours[name] for name in ("arch",) if name in ours},
+        arguments=recorded_arguments(file)
+        | config
+        | {name: ours[name] for name in ("arch", "image_size") if name in ours},
         top_level={str(name): _summary(value) for name, value in file.items()} if key else {},
         norm_eps=norm_eps,
         prefix=prefix,

@@ -39,6 +39,7 @@ def save_checkpoint(run, epoch: int, step: int, numbered: bool = False) -> None:
             "format": FORMAT,
             "method": run.method.name,
             "arch": run.args.arch,
+            "image_size": run.method.image_size(run.args),
             "step": step,
             "iteration": epoch * run.niter + step,
             "niter": run.niter,

@@ -23,7 +23,8 @@ class OnlineKNN:
     Images that cannot be read are left out: no image ends a training.
     """
 
-    def __init__(self, args: argparse.Namespace, world: World, backbone: torch.nn.Module):
+    def __init__(self, args: argparse.Namespace, world: World, backbone: torch.nn.Module, crop: int):
+        """``crop``: pixels along a side of the images that ``backbone`` is shown."""
         self.args, self.world, self.backbone = args, world, backbone
         network = Network(backbone, args.arch, {}, None)
         pooling, token = args.avgpool_patchtokens, args.class_token
@@ -35,7 +36,6 @@ class OnlineKNN:
         self.left_out: list[list[Unreadable]] = [[], []]  # of bank and test images, at the last test
         for sentence in doubts(args.nb_knn, Bank.of(self.labels[0])) if self.sets else ():
             log.warning("warning: online k-NN: %s", sentence)
-        crop = getattr(args, "global_crops_size", 224)
         bundled = args.knn_data is None and args.data_path is None
         self.transform = eval_transform(crop, crop if bundled else round(crop * 256 / 224))
 

@@ -66,6 +66,12 @@ def recorded_arguments(file: dict) -> dict:
     return arguments if isinstance(arguments, dict) else {}
 
 
+def recorded_image_size(arguments: dict) -> int | None:
+    """Pixels along a side of the images of a training run with these options; None where they do not say it."""
+    names = ("image_size", "global_crops_size")  # UNIC's option, and what our files say of every method; before it
+    return next((arguments[name] for name in names if isinstance(arguments.get(name), int)), None)
+
+
 def _masks_by_attention(file: dict) -> bool:
     return "attmask" in str(recorded_arguments(file).get("pred_shape"))
 

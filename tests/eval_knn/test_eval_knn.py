@@ -54,7 +54,7 @@ def micro(tmp_path: Path, seed: int = 3, **extra) -> Path:
 
 
 def test_it_prints_the_originals_lines_and_writes_one_json(evaluate, tmp_path):
-    path = micro(tmp_path, args={"global_crops_size": 32})
+    path = micro(tmp_path, args={"global_crops_size": 48}, tutelage={"image_size": 32})
     code, said, error = evaluate("--pretrained_weights", path, "--nb_knn", 1, 5)
     assert code == 0, error
     assert "crop 32 of 32 pixels" in said and "matched 54 of 54" in said and "RANDOM" not in said

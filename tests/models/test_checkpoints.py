@@ -18,7 +18,7 @@ from models import SWIN, build_backbone, swin, vit
 from models.checkpoints import load_backbone, load_tensors, main, network_from_file, weights_hash
 from models.layouts.names import to_timm
 from models.layouts.shapes import NAME_OF_SHAPE, SWIN_OF_SHAPE, describe, nearest_layout, swin_arguments, vit_arguments
-from models.layouts.table import recorded_arguments
+from models.layouts.table import recorded_arguments, recorded_image_size
 from models.reading import choose_tensors, read_backbone
 from models.safe_load import CheckpointError, load_file
 from models.vit import VisionTransformer
@@ -194,12 +194,12 @@ def test_a_file_of_ours_is_recognised_and_says_its_method_and_architecture(tmp_p
         "epoch": 3,
         "args": {"arch": "vit_tiny", "global_crops_size": 64},
         "dino_loss": {"center": torch.zeros(1, 4)},
-        "tutelage": {"format": 1, "method": "dino", "arch": "vit_micro", "iteration": 30},
+        "tutelage": {"format": 1, "method": "dino", "arch": "vit_micro", "image_size": 48, "iteration": 30},
     }
     report = load_backbone(tiny(), saved(tmp_path, file))
     info = report.info
     assert (info.layout.name, info.method, info.epoch) == ("Tutelage training checkpoint", "dino", 3)
-    assert info.arguments == {"arch": "vit_micro", "global_crops_size": 64}
+    assert info.arguments == {"arch": "vit_micro", "global_crops_size": 64, "image_size": 48}
     assert report.ignored == ["head.mlp.0.weight", "head.last_layer.weight_g"]
 
 
@@ -649,3 +649,17 @@ def test_one_changed_weight_changes_the_hash():
     with torch.no_grad():
         model.blocks[1].mlp.fc2.bias[3] += 1e-6
     assert weights_hash(model) != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        ({"global_crops_size": 64}, 64),
+        ({"image_size": 336}, 336),
+        ({"image_size": 32, "global_crops_size": 64}, 32),
+        ({"global_crops_size": "64"}, None),
+        ({}, None),
+    ],
+)
+def test_the_size_of_a_runs_images_is_found_under_the_names_it_may_have(arguments, size):
+    assert recorded_image_size(arguments) == size

@@ -35,14 +35,13 @@ def online(data_path=None, knn_data=None, backbone=None, **options) -> OnlineKNN
         "class_token": "cls",
         "knn_temperature": 0.07,
         "use_cuda": True,
-        "global_crops_size": 32,
         "batch_size_per_gpu": 8,
         "num_workers": 0,
         "exif": False,
         "max_image_pixels": MAX_IMAGE_PIXELS,
     }
     backbone = backbone or build_backbone("vit_micro", 8, img_size=32)
-    return OnlineKNN(argparse.Namespace(**{**args, **options}), ALONE, backbone)
+    return OnlineKNN(argparse.Namespace(**{**args, **options}), ALONE, backbone, crop=32)
 
 
 def labelled(root, train=9, val=4):
