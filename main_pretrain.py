@@ -38,7 +38,7 @@ from training.monitor import Monitor
 from training.online_knn import OnlineKNN
 from training.optim import build_optimizer, optimizer_step, set_schedules
 from training.options import check_options, compare_with_presets, options_named, parse_options
-from training.preview import attention_pictures, first_batch
+from training.preview import attention_pictures
 from training.pseudo_labels import PseudoLabels
 from utils import (
     RunStopped,
@@ -201,7 +201,8 @@ def show_first(run: Run, pieces: Iterator[dict], epoch: int, step: int) -> Itera
         if number == 0 and run.monitor.writer is not None and (epoch % max(1, run.args.knn_every) == 0):
             clock = run.clock(epoch, step, piece["first_sample"])
             with autocast(run.args.precision, run.world.device):
-                run.monitor.add_image("crops", first_batch(run.method, piece, clock), clock.iteration)
+                _, crops = next(iter(run.method.pictures(piece, clock)))
+            run.monitor.add_image("crops", crops, clock.iteration)
             pictures = attention_pictures(run.method.evaluation_backbone(), piece["crops"][0][:4])
             if pictures is not None:
                 run.monitor.add_image("attention", pictures, clock.iteration)

@@ -13,13 +13,14 @@ Adding a method: CONTRIBUTING.md.
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn as nn
 
+from data.pictures import crops_grid
 from models import family_of
 from randomness import counted_uniforms
 from utils import cosine_scheduler
@@ -136,11 +137,12 @@ class Method(nn.Module):
         """Prototype of every image of the latest piece, (batch,) int64 on the device; None where there are none."""
         return None
 
-    def masks(self, batch: dict, clock: Clock) -> torch.Tensor | None:
-        """For pictures: the patches that the student will not see, (views, batch, rows, columns) bool of the first
-        views; None where nothing is hidden.
+    def pictures(self, batch: dict, clock: Clock) -> Iterator[tuple[str, np.ndarray]]:
+        """Names and pictures, uint8 (height, width, 3), of what a batch holds; each is drawn when it is asked for.
+
+        --dry_run writes all of them as files of their names, TensorBoard shows the first.
         """
-        return None
+        yield "first_batch", crops_grid(batch["crops"])
 
     def checkpoint_parts(self) -> dict[str, nn.Module]:
         """Top-level key in the checkpoint -> the module whose state it holds, in the original's layout."""

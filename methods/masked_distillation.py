@@ -13,11 +13,13 @@ with one (the default of the options!) make the teacher's patches follow the cla
 """
 
 import argparse
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn as nn
 
+from data.pictures import crops_grid
 from methods.base import Clock, backbone_arguments
 from methods.centring import Centres
 from methods.distillation import cross_view_loss, masked_patch_loss, mean_logits, teacher_probabilities
@@ -284,7 +286,11 @@ class MaskedDistillation(PrototypeMethod):
     def pseudo_labels(self) -> torch.Tensor | None:
         return self._seen["prototypes"]
 
+    def pictures(self, batch: dict, clock: Clock) -> Iterator[tuple[str, np.ndarray]]:
+        yield "first_batch", crops_grid(batch["crops"], self.masks(batch, clock).cpu().numpy())
+
     def masks(self, batch: dict, clock: Clock) -> torch.Tensor:
+        """The patches that the student will not see, (views, batch, rows, columns) bool of the global crops."""
         return torch.stack(batch["masks"])
 
     def checkpoint_parts(self) -> dict[str, nn.Module]:

@@ -17,12 +17,13 @@ crops too. A batch without any place adds nothing (the original ends with NaN).
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 import torch.nn as nn
 
+from data.sampling_picture import sampling_picture
 from data.udi_views import UDIViews
 from methods.base import Clock, backbone_arguments
 from methods.centring import LevelCentre
@@ -270,6 +271,11 @@ class UDI(PrototypeMethod):
         return {"loss": loss, **found}
 
     # ---- looking at it ----------------------------------------------------------------------------------------------
+
+    def pictures(self, batch: dict, clock: Clock) -> Iterator[tuple[str, np.ndarray]]:
+        yield from super().pictures(batch, clock)
+        if self.include_patch:
+            yield "sampling", sampling_picture(batch, self.evaluation_backbone().patch_size)
 
     def checkpoint_parts(self) -> dict[str, nn.Module]:
         return {"student": self.student, "teacher": self.teacher, "udi_loss": self.state}

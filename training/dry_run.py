@@ -9,8 +9,6 @@ import torch
 from data.datasets import BadImage
 from data.loader import TrainLoader, to_device_ahead
 from randomness import Permutation
-from training.preview import first_batch
-from training.sampling_picture import sampling_picture
 from utils import World, autocast, batch_dtype, log, make_folder
 from visualize_attention import save_picture
 
@@ -18,7 +16,7 @@ SCANNED = 64
 
 
 def dry_run(run, pieces) -> None:
-    """Print parameter counts, predicted memory and a scan of the data; draw the first batch, and places if sampled."""
+    """Print parameter counts, predicted memory and a scan of the data; draw what the method shows of a batch."""
     piece = next(pieces)
     for name, reason in piece["bad"]:
         log.error("unreadable image, replaced by another: %s (%s)", name, reason)
@@ -27,16 +25,14 @@ def dry_run(run, pieces) -> None:
     scan_images(run.source)
     sizes = Counter(crop.shape[-1] for crop in piece["crops"])
     crops = " + ".join(f"{count} x {size}" for size, count in sizes.items())
-    picture = Path(run.args.output_dir) / "first_batch.png"
-    log.info("first batch: %d images, crops of %s pixels; picture: %s", len(piece["crops"][0]), crops, picture)
+    log.info("first batch: %d images, crops of %s pixels", len(piece["crops"][0]), crops)
     if run.world.rank == 0:
-        make_folder(picture.parent)
+        folder = Path(run.args.output_dir)
+        make_folder(folder)
         with autocast(run.args.precision, run.world.device):
-            save_picture(first_batch(run.method, piece, run.clock(0, 0, piece["first_sample"])), picture)
-        if "source" in piece:
-            places = picture.with_name("sampling.png")
-            save_picture(sampling_picture(piece, run.args.patch_size), places)
-            log.info("sampled places of the first image, and where they were found in other crops: %s", places)
+            for name, picture in run.method.pictures(piece, run.clock(0, 0, piece["first_sample"])):
+                save_picture(picture, folder / f"{name}.png")
+                log.info("picture: %s", folder / f"{name}.png")
 
 
 def describe_parameters(run) -> None:

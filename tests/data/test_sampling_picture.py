@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from data.sampling_picture import GAP, SIDE, hue_of, sampling_picture
 from data.udi_views import UDIViews
 from tests.data.helpers import photograph
 from tests.launch import make_images, run_here
-from training.sampling_picture import GAP, SIDE, hue_of, sampling_picture
 
 HEIGHT, WIDTH = 120, 160
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from data.correspondence import token_shares
+from data.pictures import sheet
 from data.preprocess import to_pixels
-from training.preview import sheet
 
 SIDE = 448  # pixels of a global crop, about
 GOLDEN = (5**0.5 - 1) / 2  # steps around the circle of hues that leave neighbours far apart
