@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 
 from data.pictures import crops_grid
+from methods.parts import Part
 from models import family_of
 from randomness import counted_uniforms
 from utils import cosine_scheduler
@@ -57,6 +58,7 @@ class Method(nn.Module):
     """See the module docstring."""
 
     name: str
+    wrapped = ("student",)  # keys of checkpoints whose names start with "module.", as in the original's files
 
     # ---- options and data -------------------------------------------------------------------------------------------
 
@@ -144,8 +146,10 @@ class Method(nn.Module):
         """
         yield "first_batch", crops_grid(batch["crops"])
 
-    def checkpoint_parts(self) -> dict[str, nn.Module]:
-        """Top-level key in the checkpoint -> the module whose state it holds, in the original's layout."""
+    def checkpoint_parts(self) -> dict[str, Part]:
+        """Top-level key in the checkpoint -> what has the state that stands there, in the original's layout: a module,
+        ``Renamed`` where files have other names, or whatever else keeps a state (methods/parts.py).
+        """
         raise NotImplementedError
 
     def evaluation_backbone(self) -> nn.Module:

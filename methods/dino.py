@@ -13,13 +13,13 @@ import argparse
 from collections.abc import Callable
 
 import torch
-import torch.nn as nn
 
 from methods.base import Clock, backbone_arguments
 from methods.centring import Centres
 from methods.distillation import cross_view_loss, teacher_probabilities
 from methods.heads import DINOHead
 from methods.multicrop import MultiCropNetwork, add_crop_arguments, check_crop_arguments, multi_crop_views
+from methods.parts import Part
 from methods.teacher import (
     PrototypeMethod,
     add_following_arguments,
@@ -112,5 +112,5 @@ class DINO(PrototypeMethod):
         draws = clock.drop_path_draws(depth, len(crops), crops[0].shape[0])
         return self.student.head.bottleneck(self.student.features(crops, draws))
 
-    def checkpoint_parts(self) -> dict[str, nn.Module]:
+    def checkpoint_parts(self) -> dict[str, Part]:
         return {"student": self.student, "teacher": self.teacher, "dino_loss": self.centres}

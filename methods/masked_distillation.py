@@ -25,6 +25,7 @@ from methods.centring import Centres
 from methods.distillation import cross_view_loss, masked_patch_loss, mean_logits, teacher_probabilities
 from methods.heads import ACTIVATIONS, NORMS, IBOTHead
 from methods.multicrop import MultiCropNetwork, add_crop_arguments, check_crop_arguments, local_crops
+from methods.parts import Part
 from methods.teacher import (
     PrototypeMethod,
     add_following_arguments,
@@ -293,7 +294,7 @@ class MaskedDistillation(PrototypeMethod):
         """The patches that the student will not see, (views, batch, rows, columns) bool of the global crops."""
         return torch.stack(batch["masks"])
 
-    def checkpoint_parts(self) -> dict[str, nn.Module]:
+    def checkpoint_parts(self) -> dict[str, Part]:
         return {"student": self.student, "teacher": self.teacher, "ibot_loss": self.centres}
 
 

@@ -30,6 +30,7 @@ from methods.centring import LevelCentre
 from methods.distillation import Targets, prototype_cross_entropy, teacher_probabilities
 from methods.heads import DINOHead
 from methods.multicrop import add_crop_arguments, check_crop_arguments, crop_kinds, crop_settings
+from methods.parts import Part
 from methods.srs import SampledBackbone
 from methods.teacher import (
     PrototypeMethod,
@@ -277,7 +278,7 @@ class UDI(PrototypeMethod):
         if self.include_patch:
             yield "sampling", sampling_picture(batch, self.evaluation_backbone().patch_size)
 
-    def checkpoint_parts(self) -> dict[str, nn.Module]:
+    def checkpoint_parts(self) -> dict[str, Part]:
         return {"student": self.student, "teacher": self.teacher, "udi_loss": self.state}
 
     def evaluation_backbone(self) -> nn.Module:

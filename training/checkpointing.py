@@ -1,6 +1,7 @@
 """Checkpoints of a run: DINO's layout with plain types, written atomically, and a resumption that cannot go wrong.
 
-    student, teacher, dino_loss   the method's parts (``Method.checkpoint_parts``); student keys start with "module."
+    student, teacher, dino_loss   the method's parts (``Method.checkpoint_parts``); names start with "module." in those
+                                  that ``Method.wrapped`` lists
     optimizer, fp16_scaler        as torch gives them
     epoch                         the epoch to continue with
     args                          the options, as a dict
@@ -27,8 +28,9 @@ LATEST, PREVIOUS = "checkpoint.pth", "checkpoint.previous.pth"
 def save_checkpoint(run, epoch: int, step: int, numbered: bool = False) -> None:
     """Write checkpoint.pth, keeping the one before it as checkpoint.previous.pth. Raises UsageError on a full disk."""
     folder = Path(run.args.output_dir)
+    wrapper = dict.fromkeys(run.method.wrapped, "module.")
     state = {
-        key: {f"module.{name}" if key == "student" else name: value for name, value in part.state_dict().items()}
+        key: {f"{wrapper.get(key, '')}{name}": value for name, value in part.state_dict().items()}
         for key, part in run.method.checkpoint_parts().items()
     }
     state |= {
@@ -110,7 +112,7 @@ def resume(run) -> tuple[int, int]:
         tensors = {name.removeprefix("module."): value for name, value in state[key].items()}
         try:
             part.load_state_dict(tensors)
-        except RuntimeError as error:
+        except (RuntimeError, KeyError, ValueError) as error:
             detail = " ".join(str(error).split("\n\t")[1:2]) or str(error)
             raise UsageError(f"{path}: its {key} does not fit this network: {detail[:200]}") from None
     _load_optimizer(run.optimizer, state["optimizer"], path)

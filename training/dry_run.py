@@ -37,8 +37,9 @@ def dry_run(run, pieces) -> None:
 
 def describe_parameters(run) -> None:
     for key, part in run.method.checkpoint_parts().items():
-        total = sum(p.numel() for p in part.parameters())
-        trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        parameters = list(part.parameters()) if hasattr(part, "parameters") else []
+        total = sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
         if total:
             log.info("parameters of the %s: %.2f M, %.2f M trained", key, total / 1e6, trained / 1e6)
 
