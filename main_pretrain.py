@@ -31,7 +31,7 @@ from methods.base import Clock, Method
 from models.batch_norm import synchronise_batch_norm
 from randomness import counted_seed
 from training.blackbox import BlackBox, replay
-from training.checkpointing import resume, save_checkpoint
+from training.checkpointing import save_checkpoint
 from training.consensus import Consensus
 from training.dry_run import dry_run
 from training.monitor import Monitor
@@ -40,6 +40,7 @@ from training.optim import build_optimizer, optimizer_step, set_schedules
 from training.options import check_options, compare_with_presets, options_named, parse_options
 from training.preview import attention_pictures
 from training.pseudo_labels import PseudoLabels
+from training.start import begin
 from utils import (
     RunStopped,
     World,
@@ -77,6 +78,7 @@ class Run:
     consensus: Consensus
     blackbox: BlackBox
     pseudo_labels: PseudoLabels
+    start: dict | None = None  # the run that this one began with
     saved_at: float = field(default_factory=time.monotonic)
 
     def clock(self, epoch: int, step: int, first_sample: int = 0) -> Clock:
@@ -170,8 +172,8 @@ def save(run: Run, epoch: int, step: int, numbered: bool = False) -> None:
 def train(run: Run, knn: OnlineKNN) -> None:
     """From where the run stands to its end: epochs, checkpoints, online k-NN."""
     args = run.args
+    first_epoch, step = begin(run)
     make_folder(Path(args.output_dir))
-    first_epoch, step = resume(run)
     if first_epoch >= args.epochs:
         log.info("%s holds a finished run of %d epochs", args.output_dir, args.epochs)
         return
@@ -310,6 +312,8 @@ def main() -> int:
     run = build(args, world)
     describe(run)
     if args.dry_run:
+        if args.init_from:
+            begin(run)
         dry_run(run, device_pieces(run, 0, 0))
         return 0
     train(run, OnlineKNN(args, world, run.method.evaluation_backbone(), run.method.image_size(args)))

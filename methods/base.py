@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 from data.pictures import crops_grid
-from methods.parts import Part
+from methods.parts import Part, adopt_parts
 from models import family_of
 from randomness import counted_uniforms
 from utils import cosine_scheduler
@@ -59,6 +59,7 @@ class Method(nn.Module):
 
     name: str
     wrapped = ("student",)  # keys of checkpoints whose names start with "module.", as in the original's files
+    inherited = ("student", "teacher")  # keys of what begins with another run even without that run's progress
 
     # ---- options and data -------------------------------------------------------------------------------------------
 
@@ -151,6 +152,13 @@ class Method(nn.Module):
         ``Renamed`` where files have other names, or whatever else keeps a state (methods/parts.py).
         """
         raise NotImplementedError
+
+    def adopt(self, state: dict[str, dict]) -> list[str]:
+        """Begin with parts of another run (training/start.py), as its file has them; returns what begins fresh.
+
+        Raises UsageError for a state of another architecture.
+        """
+        return adopt_parts(self.checkpoint_parts(), state, self.evaluation_backbone())
 
     def evaluation_backbone(self) -> nn.Module:
         """The network that evaluations look at: the teacher's backbone, or the student's where there is no EMA."""

@@ -103,28 +103,38 @@ class VisionTransformer(nn.Module):
     # ---- from images to tokens --------------------------------------------------------------------------------------
 
     def position_embedding(self, height: int, width: int) -> torch.Tensor:
-        """Positions for an image of ``height`` x ``width`` pixels: (1, class tokens + patches, dim).
+        """Positions for an image of ``height`` x ``width`` pixels: (1, class tokens + patches, dim)."""
+        return self.resample_positions(self.pos_embed, height, width)
+
+    def resample_positions(self, positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """``positions`` (1, class tokens + patches of a square, dim) as this network has them for another image.
 
         parity: bicubic by *scale factor* with 0.1 added to the patch counts; an explicit target size samples other
         points and breaks published weights (DINO vision_transformer.py).
         """
         classes = self.num_class_tokens
-        num_patches = self.pos_embed.shape[1] - classes
+        num_patches = positions.shape[1] - classes
         rows, columns = height // self.patch_size, width // self.patch_size
         if rows * columns == num_patches and height == width:
-            return self.pos_embed
+            return positions
         factor = ((rows + 0.1) / num_patches**0.5, (columns + 0.1) / num_patches**0.5)
         matrix = self._resampling_matrix(int(num_patches**0.5), (rows, columns), factor)
-        with torch.autocast(self.pos_embed.device.type, enabled=False):
-            patches = matrix @ self.pos_embed[0, classes:]
-        return torch.cat((self.pos_embed[:, :classes], patches[None]), dim=1)
+        with torch.autocast(positions.device.type, enabled=False):
+            patches = matrix @ positions[0, classes:]
+        return torch.cat((positions[:, :classes], patches[None]), dim=1)
+
+    @torch.no_grad()
+    def adopt_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """What another network of this kind learnt at its size of image, resampled for the size of this one."""
+        side = self.patch_size * round((self.pos_embed.shape[1] - self.num_class_tokens) ** 0.5)
+        return self.resample_positions(positions.to(self.pos_embed), side, side)
 
     def _resampling_matrix(self, side: int, size: tuple[int, int], factor: tuple[float, float]) -> torch.Tensor:
         """The bicubic resize as the linear map it is, (new patches, old patches), made once for every size.
 
         A product has a deterministic gradient on every device; the gradient of ``interpolate`` has not.
         """
-        key = (size, self.pos_embed.dtype, self.pos_embed.device)
+        key = (side, size, self.pos_embed.dtype, self.pos_embed.device)
         if key not in self._resampling:
             units = torch.eye(side * side, dtype=torch.float64).view(1, side * side, side, side)
             resized = F.interpolate(units, scale_factor=factor, mode="bicubic", recompute_scale_factor=False)

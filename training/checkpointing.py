@@ -5,7 +5,8 @@
     optimizer, fp16_scaler        as torch gives them
     epoch                         the epoch to continue with
     args                          the options, as a dict
-    tutelage                      what this repository adds: method, step within the epoch, meters, identity of the data
+    tutelage                      what this repository adds: method, step within the epoch, meters, identity of data,
+                                  names of what the optimiser moves, and the run that this one began with, if any
 
 Nothing random is stored: order, crops and stochastic depth are functions of the seed and of where training stands.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from methods.base import Method
 from models.safe_load import CheckpointError, load_file
 from training.options import parse_options, trajectory_options
 from utils import UsageError, log, save_torch
@@ -49,6 +51,8 @@ def save_checkpoint(run, epoch: int, step: int, numbered: bool = False) -> None:
             "images": len(run.source),
             "data": run.source.fingerprint,
             "meters": run.monitor.state_dict(),
+            "parameters": parameter_names(run.method, run.optimizer),
+            "start": run.start,
         },
     }
     if run.scaler is not None:
@@ -96,22 +100,32 @@ def find_checkpoint(folder: Path, name: str | None = None) -> tuple[Path, dict] 
     return None
 
 
-def resume(run) -> tuple[int, int]:
-    """Continue the run in --output_dir if there is one, or --load_from. Returns (epoch, step) to begin with.
+def parameter_names(method: Method, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Names of every group's parameters, in the order in which the optimiser's state numbers them."""
+    names = {id(parameter): name for name, parameter in method.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def unwrapped(state: dict) -> dict:
+    """A part of a file without what wrapped networks put before their names."""
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def resume(run) -> tuple[int, int] | None:
+    """Continue the run in --output_dir, or its --load_from. Returns (epoch, step) to begin with; None without a run.
 
     Raises UsageError when what is there belongs to another run, naming every difference.
     """
     found = find_checkpoint(Path(run.args.output_dir), run.args.load_from)
     if found is None:
-        return 0, 0
+        return None
     path, state = found
     parts = run.method.checkpoint_parts()
     ours = state.get("tutelage", {})
     _refuse_another_run(run, path, state, ours)
     for key, part in parts.items():
-        tensors = {name.removeprefix("module."): value for name, value in state[key].items()}
         try:
-            part.load_state_dict(tensors)
+            part.load_state_dict(unwrapped(state[key]))
         except (RuntimeError, KeyError, ValueError) as error:
             detail = " ".join(str(error).split("\n\t")[1:2]) or str(error)
             raise UsageError(f"{path}: its {key} does not fit this network: {detail[:200]}") from None
@@ -119,6 +133,7 @@ def resume(run) -> tuple[int, int]:
     if run.scaler is not None and "fp16_scaler" in state:
         run.scaler.load_state_dict(state["fp16_scaler"])
     run.monitor.load_state_dict(ours.get("meters", {}))
+    run.start = ours.get("start")
     epoch, step = state["epoch"], ours.get("step", 0)
     log.info("continuing %s: epoch %d, step %d of %d", path, epoch, step, run.niter)
     return epoch, step
@@ -137,7 +152,7 @@ def _refuse_another_run(run, path: Path, state: dict, ours: dict) -> None:
     if not ours:
         log.warning("warning: %s was written by the original code; its options and data are not checked", path)
         return
-    differences = _differing_options(run.args, state["args"])
+    differences = _differing_options(run.args, state["args"]) + _differing_start(run.args, ours.get("start"))
     for name, theirs, mine in (
         ("images per step", ours["global_batch"], run.global_batch),
         ("images", ours["images"], len(run.source)),
@@ -161,6 +176,15 @@ def _differing_options(args: argparse.Namespace, saved: dict) -> list[str]:
     """An option that did not exist when the checkpoint was written had what is its default now."""
     theirs = trajectory_options(parse_options(["--method", args.method, "--arch", args.arch])) | saved
     return [f"--{k}: {theirs[k]} there, {v} here" for k, v in trajectory_options(args).items() if theirs[k] != v]
+
+
+def _differing_start(args: argparse.Namespace, start: dict | None) -> list[str]:
+    """--init_from decided what a run is, but it is not read again: it may be left out, and names no other start."""
+    if not args.init_from:
+        return []
+    here = f"{Path(args.init_from).resolve()} {'with' if args.init_progress else 'without'} progress"
+    there = f"{start['file']} {'with' if start['progress'] else 'without'} progress" if start else "nothing"
+    return [] if here == there else [f"--init_from: {there} there, {here} here"]
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path) -> None:

@@ -5,7 +5,9 @@ import torch
 from methods.base import Clock
 from utils import UsageError
 
-OPTIMIZERS = ("adamw", "sgd", "lars")
+# what each remembers of a parameter, under torch's names or those of DINO's LARS
+MOMENTS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}, "lars": {"mu"}}
+OPTIMIZERS = tuple(MOMENTS)
 
 
 def build_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:

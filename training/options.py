@@ -23,6 +23,7 @@ FREE_OPTIONS = {
     *("save_every_minutes", "knn_every", "knn_data", "knn_per_class", "nb_knn", "n_last_blocks"),
     *("avgpool_patchtokens", "knn_temperature", "class_token", "use_cuda", "print_freq", "max_bad_images"),
     *("max_skipped", "dry_run", "replay", "accept_changes", "use_fp16", "load_from", "backend"),
+    *("init_from", "init_progress"),  # read once; where a run began is checked where it is resumed
 }
 
 
@@ -101,6 +102,17 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
         metavar="FILE",
         help="continue from this checkpoint in --output_dir; left out: from the newest, if there is one. "
         "A command that is started again and again goes on only without it",
+    )
+    add(
+        *("--init_from", "--pretrained_weights_ckpt"),
+        metavar="CKPT",
+        help="begin with the networks of another run of this method; a run found in --output_dir goes on instead",
+    )
+    add(
+        "--init_progress",
+        default=False,
+        type=bool_flag,
+        help="of --init_from also the epoch, the optimiser's moments and the state of the loss",
     )
     add("--accept_changes", action="store_true", help="continue the run found although its options differ")
     add("--max_skipped", default=20, type=int, help="stop after so many steps in a row that were not finite")
