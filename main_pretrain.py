@@ -28,7 +28,7 @@ from data.decode import reading_from
 from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
 from methods import method_class
 from methods.base import Clock, Method
-from models.batch_norm import synchronise_batch_norm
+from models.batch_norm import batch_norm_of_the_batch, synchronise_batch_norm
 from randomness import counted_seed
 from training.blackbox import BlackBox, replay
 from training.checkpointing import save_checkpoint
@@ -43,6 +43,7 @@ from training.pseudo_labels import PseudoLabels
 from training.start import begin
 from utils import (
     RunStopped,
+    UsageError,
     World,
     autocast,
     barrier,
@@ -237,6 +238,7 @@ def build(args: argparse.Namespace, world: World) -> Run:
 
     torch.manual_seed(args.seed)
     method = method_class(args.method).build(args)
+    refuse_pieces_of_batch_norm(method, args)
     method = method.place(world.device, batch_dtype(args.precision), half_dtype(args.precision))
     prepare_blocks(method, args)
     method = synchronise_batch_norm(method, world.device)
@@ -262,6 +264,16 @@ def build(args: argparse.Namespace, world: World) -> Run:
         blackbox=BlackBox(args, len(source), world),
         pseudo_labels=PseudoLabels(source.labels, world),
     )
+
+
+def refuse_pieces_of_batch_norm(method: Method, args: argparse.Namespace) -> None:
+    """Raises UsageError where a batch that is divided would have other numbers than the whole one."""
+    norm = batch_norm_of_the_batch(method)
+    if args.accum_iter > 1 and norm is not None:
+        raise UsageError(
+            f"--accum_iter {args.accum_iter}: {norm} is a batch norm, which would see a piece instead of the batch; "
+            "leave it 1, and make --batch_size_per_gpu smaller and processes more"
+        )
 
 
 def prepare_blocks(method: Method, args: argparse.Namespace) -> None:

@@ -24,6 +24,12 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
     return module
 
 
+def batch_norm_of_the_batch(module: nn.Module) -> str | None:
+    """Name of the first batch norm below ``module`` that takes its statistics from the batch; None without any."""
+    norms = ((name, child) for name, child in module.named_modules() if isinstance(child, _BatchNorm))
+    return next((name for name, child in norms if child.training or child.running_mean is None), None)
+
+
 class AllReduceBatchNorm(_BatchNorm):
     """The batch norm it is made from (parameters and buffers are shared), with statistics of all processes."""
 

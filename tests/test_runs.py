@@ -17,6 +17,8 @@ from tests.launch import assert_same_run, finish, load, make_images, run_here, s
 from utils import RunStopped, UsageError
 
 SAVE_EVERY_STEP = {"save_every_minutes": 1e-9}
+UDI = {"method": "udi", "warmup_teacher_temp_epochs": 0, "local_sampling_window_size": 1}
+MASKED = {"method": "ibot", "patch_out_dim": 48, "shared_head": "true", "warmup_teacher_temp_epochs": 0}
 
 
 @pytest.fixture(scope="module")
@@ -369,6 +371,22 @@ def test_a_checkpoint_that_cannot_be_trusted_is_refused_and_left_alone(
         run_here(monkeypatch, data_path=images, output_dir=tmp_path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+@pytest.mark.parametrize(
+    ("options", "norm"),
+    [
+        ({"use_bn_in_head": "true"}, r"student.head.mlp.1"),
+        ({"arch": "resnet18", "patch_size": 16}, r"student.backbone.\S*bn1"),
+        ({**UDI, "use_bn_in_head": "true"}, r"student.head.0.mlp.1"),
+        ({**MASKED, "norm_in_head": "bn"}, r"student.head.mlp.1"),
+    ],
+)
+def test_pieces_of_batch_norm_are_refused(images, tmp_path, monkeypatch, options, norm):
+    pieces = {"data_path": images, "output_dir": tmp_path / "out", "accum_iter": 4}
+    with pytest.raises(UsageError, match=rf"--accum_iter 4: {norm} is a batch norm, .* leave it 1"):
+        run_here(monkeypatch, **pieces, **options)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

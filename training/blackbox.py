@@ -15,6 +15,7 @@ from data.decode import reading_from
 from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
 from methods import method_class
 from methods.base import Clock, Method
+from models.batch_norm import batch_norm_of_the_batch
 from models.safe_load import load_file
 from training.consensus import Verdict
 from training.options import parse_options, resolve_precision
@@ -93,7 +94,8 @@ def replay(path: Path, overrides: dict, world: World) -> int:
     for key, part in method.checkpoint_parts().items():
         part.load_state_dict(state[key])
 
-    pieces = state["world_size"] * args.accum_iter
+    # batch norm saw the whole batch of all processes at once, everything else a piece
+    pieces = 1 if batch_norm_of_the_batch(method) else state["world_size"] * args.accum_iter
     batch = args.batch_size_per_gpu * state["world_size"]
     niter = steps_per_epoch(len(source), batch)
     epoch, iteration = state["nonfinite"]["epoch"], state["nonfinite"]["iteration"]
