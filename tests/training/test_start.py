@@ -1,5 +1,6 @@
 """Beginning from another run: what is taken, what is said to begin fresh, and that it is never taken for resuming."""
 
+import os
 import re
 
 import pytest
@@ -257,6 +258,20 @@ def test_a_run_that_is_found_goes_on_and_no_other_start_is_read(images, built, o
         assert begin(built(**options, **given, accept_changes=True)) == (1, 0)
     with pytest.raises(UsageError, match=r"--init_from: nothing there, .*checkpoint.pth without progress here"):
         begin(built(output_dir=other, init_from=tmp_path / "run" / "checkpoint.pth"))
+
+
+def test_a_run_that_was_written_before_starts_were_goes_on_to_the_same_bits(images, other, tmp_path, monkeypatch):
+    def as_it_was(file: dict) -> None:
+        for name in ("parameters", "start", "image_size"):
+            del file["tutelage"][name]
+        for name in ("init_from", "init_progress"):
+            del file["args"][name]
+
+    path = edited(other / "checkpoint0000.pth", tmp_path, as_it_was)
+    (tmp_path / "run").mkdir()
+    os.rename(path, tmp_path / "run" / "checkpoint.pth")
+    run_here(monkeypatch, data_path=images, output_dir=tmp_path / "run")
+    assert_same_run(other, tmp_path / "run")
 
 
 def test_a_start_is_remembered_by_every_run_that_goes_on(built, other, tmp_path):
