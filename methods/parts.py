@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from models.layouts.names import NOT_NEEDED, square_side
 from models.layouts.shapes import describe
-from utils import UsageError
+from utils import UsageError, escape
 
 
 class Part(Protocol):
@@ -126,7 +126,7 @@ def _refuse_another_backbone(key: str, network: nn.Module, state: dict, prefix: 
         here, there = (tuple(tensors[name].shape) if name in tensors else "none" for tensors in (ours, theirs))
         if here != there:
             kinds = f"its {key} is a {describe(theirs)}, here it is a {describe(ours)}"
-            raise UsageError(f"{kinds} ({name}: {there} there, {here} here)")
+            raise UsageError(f"{kinds} ({escape(name)}: {there} there, {here} here)")
 
 
 def _fitting(own: dict, state: dict) -> dict[str, torch.Tensor]:

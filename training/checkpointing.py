@@ -142,9 +142,9 @@ def resume(run) -> tuple[int, int] | None:
 def _refuse_another_run(run, path: Path, state: dict, ours: dict) -> None:
     parts = run.method.checkpoint_parts()
     elsewhere = "choose another --output_dir, or move that file away"
-    if ours and ours["method"] != run.method.name:
+    if ours.get("method", run.method.name) != run.method.name:  # a file of an evaluation has none
         raise UsageError(f"{path} belongs to a {ours['method']} run, this is {run.method.name}; {elsewhere}")
-    if ours and ours["arch"] != run.args.arch:
+    if ours.get("arch", run.args.arch) != run.args.arch:
         raise UsageError(f"{path} holds {ours['arch']}, this run trains {run.args.arch}; {elsewhere}")
     missing = {*parts, "optimizer", "epoch"} - set(state)
     if missing:

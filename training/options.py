@@ -13,7 +13,7 @@ from methods.base import Method
 from models import LIBRARY, backbone_names, family_of, our_names, unread_options
 from training.optim import OPTIMIZERS
 from training.presets import nearest_preset, read_preset
-from utils import BACKENDS, PRECISIONS, Parser, UsageError, World, bool_flag, check_writable, has_bf16, nearest
+from utils import BACKENDS, PRECISIONS, Parser, UsageError, World, bool_flag, check_writable, escape, has_bf16, nearest
 
 # Options that cannot change what a run computes, so that it may be continued with others. The batch may be divided
 # differently among processes and pieces as long as its size stays (checked where a run is resumed).
@@ -225,6 +225,9 @@ def check_options(args: argparse.Namespace, world: World) -> None:
     check_writable(Path(args.output_dir))
     if args.load_from and not (Path(args.output_dir) / args.load_from).is_file():
         raise UsageError(f"--load_from {args.load_from}: no such file in --output_dir {args.output_dir}")
+    goes_on = any(Path(args.output_dir).glob("checkpoint*.pth"))  # and needs no other run any more
+    if args.init_from and not goes_on and not Path(args.init_from).is_file():
+        raise UsageError(f"--init_from {escape(args.init_from)}: no such file; pass the checkpoint.pth of a run")
 
 
 def _check_arch(args: argparse.Namespace) -> None:

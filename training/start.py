@@ -12,7 +12,7 @@ from methods.parts import module_of, own_names
 from models.safe_load import load_file
 from training.checkpointing import parameter_names, resume, unwrapped
 from training.optim import MOMENTS
-from utils import UsageError, log
+from utils import UsageError, escape, log
 
 State = dict[str, dict]  # key of a checkpoint -> the part of a method that stands there
 WITHOUT = "pass --init_progress false to take its networks alone"
@@ -23,7 +23,8 @@ def begin(run) -> tuple[int, int]:
     args = run.args
     found = resume(run)
     if found is not None and args.init_from:
-        log.info("--init_from %s: not read, since the run in %s goes on", args.init_from, args.output_dir)
+        names = (escape(args.init_from), escape(args.output_dir))
+        log.info("--init_from %s: not read, since the run in %s goes on", *names)
     if found is not None or not args.init_from:
         return found or (0, 0)
     return begin_from(run, Path(args.init_from), args.init_progress)
@@ -31,58 +32,59 @@ def begin(run) -> tuple[int, int]:
 
 def begin_from(run, path: Path, progress: bool) -> tuple[int, int]:
     """Begin with the run whose checkpoint ``path`` is, with or without its ``progress``. Returns (epoch, step)."""
+    where = f"--init_from {escape(path)}"
     file = load_file(path)
     ours = file.get("tutelage", {})
-    state = _parts_of(run.method, path, file, ours)
-    position = _position(run, path, file, ours) if progress else (0, 0)
+    state = _parts_of(run.method, where, file, ours)
+    position = _position(run, where, file, ours) if progress else (0, 0)
     try:
         fresh = run.method.adopt(state if progress else {key: state[key] for key in run.method.inherited})
     except UsageError as error:
-        raise UsageError(f"--init_from {path}: {error}") from None
+        raise UsageError(f"{where}: {error}") from None
     if progress:
-        fresh += [f"moments of {name}" for name in adopt_moments(run, path, file, state)]
+        fresh += [f"moments of {name}" for name in adopt_moments(run, where, file, state)]
         if run.scaler is not None and "fp16_scaler" in file:
             run.scaler.load_state_dict(file["fp16_scaler"])
     else:
         fresh += ["epoch", "optimizer"]
     run.start = {"file": str(path.resolve()), "progress": progress, "epoch": file["epoch"], "step": ours.get("step", 0)}
-    log.info("beginning with %s; fresh: %s", path, ", ".join(grouped(fresh)) or "nothing")
+    log.info("beginning with %s; fresh: %s", escape(path), ", ".join(grouped(fresh)) or "nothing")
     if progress:
         log.info("going on with its epoch %d, step %d of %d", *position, run.niter)
     return position
 
 
-def _parts_of(method: Method, path: Path, file: dict, ours: dict) -> State:
+def _parts_of(method: Method, where: str, file: dict, ours: dict) -> State:
     """The method's parts in a file. Raises UsageError when it is no checkpoint of a run of this method."""
-    if ours and ours["method"] != method.name:
-        raise UsageError(f"--init_from {path} belongs to a {ours['method']} run, this is {method.name}")
+    if ours.get("method", method.name) != method.name:
+        raise UsageError(f"{where} belongs to a {escape(str(ours['method']))} run, this is {method.name}")
     parts = method.checkpoint_parts()
     missing = [key for key in parts if not isinstance(file.get(key), dict)]
     missing += [] if isinstance(file.get("epoch"), int) else ["epoch"]
     if missing:
         raise UsageError(
-            f"--init_from {path} is not a checkpoint of a {method.name} run: no {', '.join(missing)}; pass the "
+            f"{where} is not a checkpoint of a {method.name} run: no {', '.join(missing)}; pass the "
             "checkpoint.pth that such a run wrote"
         )
     return {key: unwrapped(file[key]) for key in parts}
 
 
-def _position(run, path: Path, file: dict, ours: dict) -> tuple[int, int]:
+def _position(run, where: str, file: dict, ours: dict) -> tuple[int, int]:
     """Where the other run stands. Raises UsageError where this run cannot go on from there."""
     optimizer = file.get("optimizer")
     if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= optimizer.keys():
-        raise UsageError(f"--init_from {path} has no optimizer, and its progress was asked for; {WITHOUT}")
+        raise UsageError(f"{where} has no optimizer, and its progress was asked for; {WITHOUT}")
     epoch, step = file["epoch"], ours.get("step", 0)
     if step and step == ours["niter"]:
         epoch, step = epoch + 1, 0
     if step and (ours["niter"], ours["global_batch"]) != (run.niter, run.global_batch):
         raise UsageError(
-            f"--init_from {path} stands in the middle of an epoch of {ours['niter']} steps, this run has {run.niter}; "
+            f"{where} stands in the middle of an epoch of {ours['niter']} steps, this run has {run.niter}; "
             f"pass a checkpoint between two epochs, or {WITHOUT.removeprefix('pass ')}"
         )
     if epoch >= run.args.epochs:
         raise UsageError(
-            f"--init_from {path} has {epoch} epochs behind it and --epochs is {run.args.epochs}: nothing is left to "
+            f"{where} has {epoch} epochs behind it and --epochs is {run.args.epochs}: nothing is left to "
             f"train; raise --epochs, or {WITHOUT}"
         )
     return epoch, step
@@ -93,11 +95,11 @@ def _position(run, path: Path, file: dict, ours: dict) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def adopt_moments(run, path: Path, file: dict, state: State) -> list[str]:
+def adopt_moments(run, where: str, file: dict, state: State) -> list[str]:
     """Give every parameter the moments that it has in ``file``; returns the names of those that begin without."""
-    there = _numbered(run, path, file, state)
+    there = _numbered(run, where, file, state)
     if any(moments and not moments.keys() >= MOMENTS[run.args.optimizer] for moments in there.values()):
-        raise UsageError(f"--init_from {path}: its optimiser is not --optimizer {run.args.optimizer}; pass its own")
+        raise UsageError(f"{where}: its optimiser is not --optimizer {run.args.optimizer}; pass its own")
     shapes = {name: parameter.shape for name, parameter in run.method.named_parameters()}
     names = [name for group in parameter_names(run.method, run.optimizer) for name in group]
     own, fresh = run.optimizer.state_dict(), []
@@ -111,7 +113,7 @@ def adopt_moments(run, path: Path, file: dict, state: State) -> list[str]:
     return fresh
 
 
-def _numbered(run, path: Path, file: dict, state: State) -> dict[str, dict]:
+def _numbered(run, where: str, file: dict, state: State) -> dict[str, dict]:
     """The moments in ``file`` by the names of their parameters; {} of one that has not moved yet.
 
     A file that does not say the names, as those of the originals, has what it shares with this run, in the same order.
@@ -124,7 +126,7 @@ def _numbered(run, path: Path, file: dict, state: State) -> dict[str, dict]:
     there, here = ([len(group) for group in of] for of in ([group["params"] for group in groups], names))
     if there != here:
         raise UsageError(
-            f"--init_from {path}: its optimiser has {' + '.join(map(str, there))} tensors where this run looks for "
+            f"{where}: its optimiser has {' + '.join(map(str, there))} tensors where this run looks for "
             f"{' + '.join(map(str, here))}, so whose moments they are cannot be told; {WITHOUT}"
         )
     pairs = [pair for group, own in zip(groups, names, strict=True) for pair in zip(group["params"], own, strict=True)]

@@ -236,6 +236,16 @@ def test_a_file_that_is_not_there_is_refused_and_nothing_is_written(images, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_what_an_evaluation_wrote_is_no_run(built, tmp_path):
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "checkpoint.pth"
+    torch.save({"model": {}, "optimizer": {}, "epoch": 3, "tutelage": {"options": {}}}, path)
+    with pytest.raises(UsageError, match=f"^{path} is not a checkpoint of a dino run: no "):
+        begin(built())
+    with pytest.raises(UsageError, match=f"^--init_from {path} is not a checkpoint of a dino run: no student, teacher"):
+        begin(built(output_dir=tmp_path / "other", init_from=path))
+
+
 # ---- never taken for resuming ---------------------------------------------------------------------------------------
 
 
