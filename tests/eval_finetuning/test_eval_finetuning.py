@@ -187,13 +187,12 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tune, tmp_path):
     assert not (tmp_path / "out" / FINAL).exists()
 
 
-def test_left_to_itself_it_shows_images_as_large_as_the_file_was_trained_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(sets, "open_source", lambda path, subset=None, split="train", start=0: Stripes(6, 6, 0))
+def test_left_to_itself_it_shows_images_as_large_as_the_file_was_trained_on(tmp_path):
     words = [*PLAIN, "--finetune", micro(tmp_path, tutelage={"image_size": 40})]
     args = get_args_parser().parse_args(list(map(str, words)))
-    assert build_network(args)[1].size == 40
+    assert build_network(args)[1].crop_size == 40
     args.input_size = 48
-    assert build_network(args)[1].size == 48
+    assert build_network(args)[1].crop_size == 48
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
