@@ -18,6 +18,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from errors import UsageError
+from processes import idle_tasks, join, world_from
+
 log = logging.getLogger("tutelage")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,41 +42,33 @@ BACKENDS = ("nccl", "gloo")
 
 
 def init_world(device: str = "auto", dist_url: str = "env://", backend: str | None = None) -> World:
-    """Join the processes that torchrun or ``srun`` (one task per GPU) started; alone when neither did.
+    """Join the processes that torchrun or ``srun`` (one task per GPU) started; alone when neither did (processes.py).
 
     ``backend``: one of BACKENDS; None is the first on GPUs, the second on processors. Raises UsageError when a node has
-    more processes than GPUs, or when a GPU is asked for where there is none.
+    more processes than GPUs, when a GPU is asked for where there is none, or when the processes cannot meet.
     """
-    env = os.environ
-    if "RANK" in env:
-        rank, size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-        local_size = int(env.get("LOCAL_WORLD_SIZE", 1))
-    elif "SLURM_PROCID" in env and "MASTER_ADDR" in env:
-        rank, size, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
-        local_size = int(env.get("SLURM_NTASKS_PER_NODE", 1))
-        env.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
-    else:
-        rank, size, local_rank, local_size = 0, 1, 0, 1
-
+    place = world_from(os.environ)
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and gpus == 0:
         raise UsageError("--device cuda: this machine shows no GPU; use --device cpu or check the driver")
     if backend == "nccl" and gpus == 0:
         raise UsageError("--backend nccl: it connects GPUs and there is none to use; pass --backend gloo")
-    if gpus and local_size > gpus:
+    if gpus and place.local_size > gpus:
         raise UsageError(
-            f"--nproc_per_node {local_size}: this node has {gpus} GPU(s); start at most {gpus} processes, "
-            "or pass --device cpu to run them all on the processor"
+            f"{place.local_size} processes on this machine, which shows each of them {gpus} GPU(s): start at most "
+            f"{gpus} (torchrun --nproc_per_node, SLURM's --ntasks-per-node with --gpus-per-node), or pass --device cpu "
+            "to run them all on the processor"
         )
     if gpus:
-        torch.cuda.set_device(local_rank)
-    world = World(rank, size, local_rank, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
-    if size > 1 and not dist.is_initialized():
-        backend = backend or ("nccl" if gpus else "gloo")
-        dist.init_process_group(backend, init_method=dist_url, world_size=size, rank=rank)
+        torch.cuda.set_device(place.local_rank)
+    if place.size > 1 and not dist.is_initialized():
+        join(place, os.environ, dist_url, backend or ("nccl" if gpus else "gloo"))
     log.handlers = [logging.StreamHandler(sys.stdout)]
-    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    return world
+    log.setLevel(logging.INFO if place.rank == 0 else logging.ERROR)
+    if idle := idle_tasks(os.environ):
+        log.info("not started by srun: one process alone, %d of SLURM's tasks stay idle", idle)
+    used = torch.device("cuda", place.local_rank) if gpus else torch.device("cpu")
+    return World(place.rank, place.size, place.local_rank, used)
 
 
 def world_size() -> int:
@@ -175,12 +170,6 @@ def has_bf16(device: torch.device) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class UsageError(Exception):
-    """Something only the user can mend. The message is one line: what is wrong, with which value, what to do."""
-
-    exit_code = 2
-
-
 class RunStopped(UsageError):
     """A run that ended early on purpose, with the reason. State is saved before this is raised."""
 
@@ -194,7 +183,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UsageError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if _speaks_for_its_machine():
             lines = [escape(line) for line in f"error: {error}".split("\n")]
             print("\n".join(lines), file=sys.stderr, flush=True)
         code = error.exit_code
@@ -204,6 +193,12 @@ def run_cli(main: Callable[[], int | None]) -> None:
         leave_world()
     sys.stdout.flush()
     sys.exit(code or 0)
+
+
+def _speaks_for_its_machine() -> bool:
+    """Every process meets most errors; one of them tells. Where it is not clear which one, each does."""
+    place = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", ""))
+    return not place.isdecimal() or int(place) == 0
 
 
 class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from processes import meeting_point
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "slurm_pretrain.sh"
 
 SRUN = """#!/bin/bash
@@ -102,7 +104,9 @@ def test_arguments_reach_python_as_they_stand(slurm):
 
 def test_every_task_learns_the_address_of_the_first_node(slurm):
     slurm().communicate(timeout=30)
-    assert (slurm.record / "environment").read_text() == f"gpu-07:{20000 + 1234567 % 20000}:12"
+    job = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "1234567", "SLURM_JOB_NODELIST": "gpu-[07-08]"}
+    host, port, _ = meeting_point(job)  # where tasks would meet without the script
+    assert (slurm.record / "environment").read_text() == f"{host}:{port}:12" == f"gpu-07:{20000 + 1234567 % 20000}:12"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
