@@ -88,6 +88,10 @@ class Run:
         place = {"seed": self.args.seed, "first_sample": first_sample, "global_batch": self.global_batch}
         return Clock(epoch=epoch, iteration=iteration, **place, **now)
 
+    def time_to_save(self) -> bool:
+        minutes = self.args.save_every_minutes
+        return minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
+
 
 def train_one_epoch(run: Run, epoch: int, pieces: Iterator[dict], first_step: int = 0) -> None:
     """The epoch from ``first_step`` on. Raises RunStopped, state saved, when asked to stop or unable to go on."""
@@ -105,7 +109,7 @@ def train_one_epoch(run: Run, epoch: int, pieces: Iterator[dict], first_step: in
         finite = losses["loss"].isfinite()
         if run.scaler is None:  # fp16 gradients overflow now and then: the scaler sees to them
             finite = finite & norms.isfinite().all()
-        gate = run.consensus.agree(finite, batch["bad_images"], tag=(clock, batch["indices"]))
+        gate = run.consensus.agree(finite, batch["bad_images"], (clock, batch["indices"]), save=run.time_to_save())
         verdict = run.consensus.verdict()
         if verdict:
             run.blackbox.record(run.method, verdict)
@@ -114,7 +118,8 @@ def train_one_epoch(run: Run, epoch: int, pieces: Iterator[dict], first_step: in
         run.method.after_step(clock, gate)
         run.monitor.step(losses, run.method.health() if run.monitor.wants_health(step) else {}, clock, batch["waited"])
         if verdict:
-            save_or_stop(run, epoch, step + 1, stop=verdict.stop)
+            save_or_stop(run, epoch, step + 1, stop=verdict.stop, due=verdict.save)
+    settle(run)
 
 
 def forward_backward(run: Run, pieces: Iterator[dict], epoch: int, step: int) -> tuple[dict[str, torch.Tensor], dict]:
@@ -147,11 +152,17 @@ def forward_backward(run: Run, pieces: Iterator[dict], epoch: int, step: int) ->
     return means, batch
 
 
-def save_or_stop(run: Run, epoch: int, step: int, stop: bool) -> None:
-    """Between two steps, ``step`` of the epoch being done: save when it is time, stop when there is a reason."""
+def settle(run: Run) -> None:
+    """Hear the verdict on the latest step, too, which is still on its way on a GPU."""
+    verdict = run.consensus.verdict(wait=True)
+    if verdict:
+        run.blackbox.record(run.method, verdict)
+
+
+def save_or_stop(run: Run, epoch: int, step: int, stop: bool, due: bool) -> None:
+    """Between two steps, ``step`` of the epoch being done: save when it is ``due``, stop when there is a reason."""
     reason = run.blackbox.reason_to_stop()
-    minutes = run.args.save_every_minutes
-    if reason or stop or (minutes and time.monotonic() - run.saved_at > 60 * minutes):
+    if reason or stop or due:
         save(run, epoch, step)
     if reason or stop:
         barrier()  # whoever exits first must not take the process that still saves with it
@@ -165,8 +176,8 @@ def save_or_stop(run: Run, epoch: int, step: int, stop: bool) -> None:
 
 
 def save(run: Run, epoch: int, step: int, numbered: bool = False) -> None:
-    if run.world.rank == 0:
-        save_checkpoint(run, epoch, step, numbered)
+    settle(run)
+    save_checkpoint(run, epoch, step, numbered)
     run.saved_at = time.monotonic()
 
 
@@ -184,7 +195,8 @@ def train(run: Run, knn: OnlineKNN) -> None:
     began = time.monotonic()
     for epoch in range(first_epoch, args.epochs):
         run.monitor.begin_epoch()
-        run.blackbox.begin_epoch()
+        if step == 0:
+            run.blackbox.begin_epoch()
         train_one_epoch(run, epoch, show_first(run, pieces, epoch, step), step)
         step = 0
         run.monitor.note(run.pseudo_labels.end_epoch())
@@ -192,10 +204,10 @@ def train(run: Run, knn: OnlineKNN) -> None:
         if knn.due(epoch):
             save(run, epoch, run.niter)  # every step is done: a run that dies in the test begins with the test
             results = knn()
-        run.monitor.end_epoch(epoch, results, knn.unreadable)
+        run.monitor.end_epoch(epoch, results, knn.unreadable, run.blackbox.bad_images["epoch"])
         save(run, epoch + 1, 0, numbered=epoch % args.saveckp_freq == 0)
     run.monitor.close()
-    log.info("training took %.1f minutes", (time.monotonic() - began) / 60)
+    log.info("training took %.1f minutes; %s", (time.monotonic() - began) / 60, run.blackbox.summary())
 
 
 def show_first(run: Run, pieces: Iterator[dict], epoch: int, step: int) -> Iterator[dict]:

@@ -136,6 +136,15 @@ class Method(nn.Module):
         """Label-free signs of life from the latest forward pass (training/health.py says what they mean)."""
         return {}
 
+    def epoch_state(self) -> dict:
+        """What ``health`` remembers of the epoch so far, of all processes, which all take part; a checkpoint keeps it
+        beside the original's keys.
+        """
+        return {}
+
+    def load_epoch_state(self, state: dict) -> None:
+        """Go on from what ``epoch_state`` returned."""
+
     def pseudo_labels(self) -> torch.Tensor | None:
         """Prototype of every image of the latest piece, (batch,) int64 on the device; None where there are none."""
         return None

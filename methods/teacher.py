@@ -9,7 +9,7 @@ import torch.nn as nn
 from methods.base import Clock, Method, ema_update_
 from methods.centring import Centres
 from methods.health import clustering_health
-from utils import UsageError, bool_flag, warmup_scheduler
+from utils import UsageError, all_reduce_sum, bool_flag, warmup_scheduler
 
 TEMPERATURE = ("warmup_teacher_temp", "teacher_temp", "warmup_teacher_temp_epochs")
 
@@ -113,7 +113,8 @@ class Follower:
 class PrototypeMethod(Method):
     """Student and teacher are modules of ``backbone`` and ``head``; the teacher starts as the student and follows it.
 
-    ``centres``: of the teacher's logits. ``used``: which prototypes were some image's first choice in this epoch.
+    ``centres``: of the teacher's logits. ``used``: which prototypes were some image's first choice in this epoch, on
+    this process; on any of them after ``health`` and ``epoch_state``.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, centres: Centres, freeze_last_layer: int):
@@ -148,7 +149,19 @@ class PrototypeMethod(Method):
     def health(self) -> dict[str, torch.Tensor]:
         """Needs the teacher's ``probs`` and ``features`` and the ``loss`` among what was seen."""
         seen = self._seen
+        self._share_used()
         return clustering_health(seen["probs"], seen["loss"], self.centres.center, self.used, seen["features"])
+
+    def _share_used(self) -> None:
+        self.used |= all_reduce_sum(self.used.int()) > 0
+
+    def epoch_state(self) -> dict:
+        self._share_used()
+        return {"epoch": self._seen_epoch, "used": self.used}
+
+    def load_epoch_state(self, state: dict) -> None:
+        self._seen_epoch = state["epoch"]
+        self.used.copy_(state["used"])
 
     def evaluation_backbone(self) -> nn.Module:
         return self.teacher.backbone

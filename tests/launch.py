@@ -125,7 +125,12 @@ def flatten(value, prefix: str = "") -> dict:
 
 
 def assert_same_run(one: Path, other: Path, rtol: float = 0.0, atol: float = 0.0) -> None:
-    """Weights, teacher, centres, moments and counters of two runs: bit for bit, or within a tolerance."""
+    """Weights, teacher, centres, moments and counters of two runs: bit for bit, log.txt too, or within a tolerance.
+
+    No field of log.txt differs by nature: times and throughputs (training.monitor.CLOCKS) are not written there.
+    """
+    if rtol == atol == 0.0:
+        assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
     a, b = ({k: v for k, v in load(folder).items() if k not in ("args", "tutelage")} for folder in (one, other))
     a, b = flatten(a), flatten(b)
     assert a.keys() == b.keys()

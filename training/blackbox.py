@@ -28,11 +28,12 @@ class BlackBox:
     def __init__(self, args: argparse.Namespace, images: int, world: World):
         self.args, self.images, self.world = args, images, world
         self.skipped_in_a_row = 0
-        self.bad_images = 0
+        self.bad_images = {"epoch": 0, "run": 0}  # over all processes
+        self.forgiven = 0  # those of this epoch from before a restart: they may have been mended since
 
     def record(self, method: Method, verdict: Verdict) -> None:
         """Called before the weights move after the step the verdict is about."""
-        self.bad_images += verdict.bad_images
+        self.bad_images = {span: count + verdict.bad_images for span, count in self.bad_images.items()}
         if not verdict.skipped:
             self.skipped_in_a_row = 0
             return
@@ -60,7 +61,20 @@ class BlackBox:
         )
 
     def begin_epoch(self) -> None:
-        self.bad_images = 0
+        self.bad_images["epoch"] = self.forgiven = 0
+
+    def summary(self) -> str:
+        count = self.bad_images["run"]
+        return (
+            f"{count} times an image was unreadable and another one took its place" if count else "no unreadable images"
+        )
+
+    def state_dict(self) -> dict:
+        return self.bad_images
+
+    def load_state_dict(self, state: dict) -> None:
+        self.bad_images |= state
+        self.forgiven = self.bad_images["epoch"]
 
     def reason_to_stop(self) -> str | None:
         if self.skipped_in_a_row >= self.args.max_skipped:
@@ -69,9 +83,10 @@ class BlackBox:
                 f"are those before the first of them. Look at it with --replay {self.args.output_dir}/nonfinite_*.pth; "
                 "a lower --lr, a smaller --clip_grad or --precision fp32 have helped others"
             )
-        if self.bad_images > self.args.max_bad_images * self.images:
+        bad_images = self.bad_images["epoch"] - self.forgiven
+        if bad_images > self.args.max_bad_images * self.images:
             return (
-                f"{self.bad_images} of {self.images} images were unreadable in this epoch, more than --max_bad_images "
+                f"{bad_images} of {self.images} images were unreadable in this epoch, more than --max_bad_images "
                 f"{self.args.max_bad_images}; their names are above. Mend or remove them, or raise the limit"
             )
         return None

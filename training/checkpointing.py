@@ -5,8 +5,9 @@
     optimizer, fp16_scaler        as torch gives them
     epoch                         the epoch to continue with
     args                          the options, as a dict
-    tutelage                      what this repository adds: method, step within the epoch, meters, identity of data,
-                                  names of what the optimiser moves, and the run that this one began with, if any
+    tutelage                      what this repository adds: method, step within the epoch, identity of the data, names
+                                  of what the optimiser moves, the run that this one began with, if any, and what the
+                                  unfinished epoch's line of log.txt will be made of
 
 Nothing random is stored: order, crops and stochastic depth are functions of the seed and of where training stands.
 """
@@ -28,7 +29,18 @@ LATEST, PREVIOUS = "checkpoint.pth", "checkpoint.previous.pth"
 
 
 def save_checkpoint(run, epoch: int, step: int, numbered: bool = False) -> None:
-    """Write checkpoint.pth, keeping the one before it as checkpoint.previous.pth. Raises UsageError on a full disk."""
+    """Write checkpoint.pth, keeping the one before it as checkpoint.previous.pth. Raises UsageError on a full disk.
+
+    All processes take part, the first one writes.
+    """
+    measures = {
+        "meters": run.monitor.state_dict(),
+        "epoch_state": run.method.epoch_state(),
+        "pseudo_labels": run.pseudo_labels.state_dict(),
+        "bad_images": run.blackbox.state_dict(),
+    }
+    if run.world.rank:
+        return
     folder = Path(run.args.output_dir)
     wrapper = dict.fromkeys(run.method.wrapped, "module.")
     state = {
@@ -50,9 +62,9 @@ def save_checkpoint(run, epoch: int, step: int, numbered: bool = False) -> None:
             "global_batch": run.global_batch,
             "images": len(run.source),
             "data": run.source.fingerprint,
-            "meters": run.monitor.state_dict(),
             "parameters": parameter_names(run.method, run.optimizer),
             "start": run.start,
+            **measures,
         },
     }
     if run.scaler is not None:
@@ -132,11 +144,21 @@ def resume(run) -> tuple[int, int] | None:
     _load_optimizer(run.optimizer, state["optimizer"], path)
     if run.scaler is not None and "fp16_scaler" in state:
         run.scaler.load_state_dict(state["fp16_scaler"])
-    run.monitor.load_state_dict(ours.get("meters", {}))
+    _load_measures(run, ours)
     run.start = ours.get("start")
     epoch, step = state["epoch"], ours.get("step", 0)
     log.info("continuing %s: epoch %d, step %d of %d", path, epoch, step, run.niter)
     return epoch, step
+
+
+def _load_measures(run, ours: dict) -> None:
+    """What older files lack begins anew in the middle of the epoch."""
+    run.monitor.load_state_dict(ours.get("meters", []))
+    run.blackbox.load_state_dict(ours.get("bad_images", {}))
+    if "epoch_state" in ours:
+        run.method.load_epoch_state(ours["epoch_state"])
+    if ours.get("data") == run.source.fingerprint:  # images are known by their numbers
+        run.pseudo_labels.load_state_dict(ours.get("pseudo_labels", {}))
 
 
 def _refuse_another_run(run, path: Path, state: dict, ours: dict) -> None:

@@ -1,8 +1,9 @@
-"""What all processes must agree on at every step, in one all-reduce of three numbers.
+"""What all processes must agree on at every step, in one all-reduce of four numbers.
 
-A step whose loss or gradient is not finite on any process is taken by none; a request to stop reaches all of them at
-the same step; unreadable images are counted over all. The device is never waited for: on a GPU the verdict gates the
-step there (``agree`` returns the gate), and the host reads it one step later (``verdict``), when it lies ready.
+A step whose loss or gradient is not finite on any process is taken by none; a request to stop, and a clock that says it
+is time to save, reach all of them at the same step; unreadable images are counted over all. The device is never waited
+for: on a GPU the verdict gates the step there (``agree`` returns the gate), and the host reads it one step later
+(``verdict``), when it lies ready.
 """
 
 import signal
@@ -19,6 +20,7 @@ class Verdict:
 
     skipped: bool
     stop: bool
+    save: bool
     bad_images: int
     tag: object
 
@@ -38,12 +40,15 @@ class Consensus:
     def _request_stop(self, *_: object) -> None:
         self.stop_requested = True
 
-    def agree(self, finite: torch.Tensor, bad_images: int, tag: object = None) -> torch.Tensor | None:
-        """``finite`` (0-dim bool, on the device): this process's view of its loss and gradients.
+    def agree(
+        self, finite: torch.Tensor, bad_images: int, tag: object = None, save: bool = False
+    ) -> torch.Tensor | None:
+        """``finite`` (0-dim bool, on the device): this process's view of its loss and gradients; ``save``: whether it
+        finds that it is time to.
 
         Returns the gate, 0 or 1 as a float on the device; None when it is known here that the step is to be taken.
         """
-        counts = torch.tensor([float(self.stop_requested), float(bad_images)], pin_memory=self._lags)
+        counts = torch.tensor([self.stop_requested, save, bad_images], dtype=torch.float32, pin_memory=self._lags)
         votes = torch.cat(((~finite).float().view(1), counts.to(self._device, non_blocking=True)))
         all_reduce_sum(votes)
         gate = (votes[0] == 0).float()
@@ -64,5 +69,5 @@ class Consensus:
         votes, arrived, tag = self._waiting.pop(0)
         if arrived is not None:
             arrived.synchronize()
-        not_finite, stop, bad_images = votes.tolist()
-        return Verdict(not_finite > 0, stop > 0, int(bad_images), tag)
+        not_finite, stop, save, bad_images = votes.tolist()
+        return Verdict(not_finite > 0, stop > 0, save > 0, int(bad_images), tag)

@@ -17,9 +17,11 @@ import torch
 
 from methods.base import Clock
 from training.health import diagnose
-from utils import World, all_reduce_sum, log, save_atomically
+from utils import World, all_gather_rows, all_reduce_sum, log, save_atomically
 
 WINDOW = 20
+CLOCKS = ("time", "data")  # meters that no two runs share: shown, never written to log.txt
+OWN = ("lr", "wd", *CLOCKS)  # meters that are not losses
 
 
 class Meter:
@@ -172,23 +174,27 @@ class Monitor:
         for name, value in values.items():
             self._meter(name).add(value)
 
-    def end_epoch(self, epoch: int, knn: dict[str, dict[str, float]], unreadable: dict[str, int] | None = None) -> dict:
+    def end_epoch(
+        self, epoch: int, knn: dict[str, dict], knn_unreadable: dict[str, int] | None = None, unreadable: int = 0
+    ) -> dict:
         """Averages over the epoch and all processes, written to log.txt and TensorBoard; the meters begin anew.
 
         ``knn``: for every number of neighbours its accuracies in percent; empty where there was no test.
-        ``unreadable``: how many images it did without, where there were such.
+        ``knn_unreadable``: how many images it did without, where there were such. ``unreadable``: how many times
+        another image had to stand for one in training.
         """
         self.flush()
-        names = [name for name in self.meters if name not in ("time", "data")]
+        names = [name for name in self.meters if name not in CLOCKS]
         sums = torch.tensor([[self.meters[n].total, self.meters[n].count] for n in names], dtype=torch.float64)
         sums = all_reduce_sum(sums.to(self.world.device)).cpu()
         averages = {n: (total / max(1.0, count)) for n, (total, count) in zip(names, sums.tolist(), strict=True)}
         first = [name for name in ("loss", "lr", "wd") if name in averages]
         rest = [name for name in names if name not in first]
         line = {f"train_{name}": averages[name] for name in first}
-        line |= {"epoch": epoch, **{f"train_{n.removeprefix('health/')}": averages[n] for n in rest}}
+        line |= {"epoch": epoch, "train_unreadable": unreadable}
+        line |= {f"train_{name.removeprefix('health/')}": averages[name] for name in rest}
         line |= {"k-NN": knn} if knn else {}
-        line |= {"k-NN_unreadable": unreadable} if knn and unreadable else {}
+        line |= {"k-NN_unreadable": knn_unreadable} if knn and knn_unreadable else {}
         if self.world.rank == 0:
             with open(self.output_dir / "log.txt", "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -215,15 +221,25 @@ class Monitor:
 
     # ---- continuing -------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict:
-        """Sums of the unfinished epoch, so that its averages are those of a run that was never interrupted."""
+    def state_dict(self) -> list[dict]:
+        """Every process's sums of the unfinished epoch, so that its averages are those of a run that was never
+        interrupted. All processes take part.
+        """
         self.flush()
-        return {name: [meter.total, meter.count] for name, meter in self.meters.items()}
+        if not self.meters:
+            return []
+        sums = torch.tensor([[meter.total, meter.count] for meter in self.meters.values()], dtype=torch.float64)
+        rows = all_gather_rows(sums.to(self.world.device)).unflatten(0, (-1, len(self.meters)))
+        return [dict(zip(self.meters, process, strict=True)) for process in rows.tolist()]
 
-    def load_state_dict(self, state: dict) -> None:
-        for name, (total, count) in state.items():
-            meter = self._meter(name)
-            meter.total, meter.count = total, count
+    def load_state_dict(self, state: list[dict] | dict) -> None:
+        """Each process goes on from its own sums; when their number has changed, each from the mean of all."""
+        processes = state if isinstance(state, list) else [state]  # one of the first process alone was kept once
+        if len(processes) == self.world.size:
+            processes = [processes[self.world.rank]]
+        for name in processes[0] if processes else ():
+            meter, sums = self._meter(name), [process[name] for process in processes]
+            meter.total, meter.count = (sum(column) / len(sums) for column in zip(*sums, strict=True))
 
 
 def epoch_of(line: str) -> float:
@@ -232,9 +248,6 @@ def epoch_of(line: str) -> float:
         return json.loads(line)["epoch"]
     except ValueError:
         return math.inf
-
-
-OWN = ("lr", "wd", "time", "data")  # meters that are not losses
 
 
 def max_memory_mb(device: torch.device) -> float:

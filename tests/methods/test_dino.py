@@ -117,3 +117,16 @@ def test_health_tells_entropy_from_divergence():
     assert health["loss_over_ln_k"] == pytest.approx(loss / math.log(64), rel=1e-5)
     assert 0 < health["prototypes_used"] <= 16 / 64
     assert 1 <= health["effective_rank"] <= 15
+
+
+def test_the_prototypes_used_before_an_interruption_count_in_its_epoch_alone(double):
+    whole, first, second = (make_dino(prototypes=6) for _ in range(3))
+    early, late = torch.eye(6)[[0, 3]], torch.eye(6)[[1, 3]]
+    for method in (whole, first):
+        method.note_prototypes(early, Clock(2, 20))
+    second.load_epoch_state(first.epoch_state())
+    for method in (whole, second):
+        method.note_prototypes(late, Clock(2, 21))
+    assert second.used.tolist() == whole.used.tolist() == [True, True, False, True, False, False]
+    second.note_prototypes(late, Clock(3, 30))
+    assert second.used.sum() == 2

@@ -22,6 +22,14 @@ def test_a_step_that_is_not_finite_closes_the_gate():
     assert consensus.verdict().skipped
 
 
+def test_a_clock_that_says_it_is_time_to_save_is_heard():
+    consensus = Consensus(CPU)
+    for save in (True, False):
+        consensus.agree(torch.tensor(True), bad_images=0, save=save)
+        assert consensus.verdict(wait=True).save == save
+    assert consensus.verdict(wait=True) is None
+
+
 def test_signals_ask_for_a_stop_after_the_step():
     before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1)}
     try:

@@ -5,7 +5,7 @@ import torch
 
 from methods.base import Clock
 from tests.launch import tensorboard_of
-from training.monitor import Meter, Monitor
+from training.monitor import CLOCKS, Meter, Monitor
 from utils import World
 
 
@@ -14,7 +14,7 @@ def monitor(tmp_path):
     made = []
 
     def make(rank=0):
-        made.append(Monitor(tmp_path, 2, 3, 1, 8, World(rank, 1, 0, torch.device("cpu"))))
+        made.append(Monitor(tmp_path, 2, 3, 1, 8, World(rank, rank + 1, 0, torch.device("cpu"))))
         return made[-1]
 
     yield make
@@ -34,11 +34,12 @@ def test_log_txt_begins_with_the_keys_of_the_original(monitor, tmp_path):
     record(m, 0, [1.0, 2.0, 3.0])
     m.note({"nmi": 0.25})
     numbers = {"10": {"top1": 50.0, "top5": 75.0, "neighbours": 7}}
-    m.end_epoch(0, numbers, {"train": 1, "test": 0})
+    m.end_epoch(0, numbers, {"train": 1, "test": 0}, unreadable=3)
     m.close()
     line = json.loads((tmp_path / "log.txt").read_text())
     assert list(line)[:4] == ["train_loss", "train_lr", "train_wd", "epoch"]
-    assert (line["train_loss"], line["epoch"], line["train_nmi"]) == (2.0, 0, 0.25)
+    assert (line["train_loss"], line["epoch"], line["train_nmi"], line["train_unreadable"]) == (2.0, 0, 0.25, 3)
+    assert not {f"train_{name}" for name in CLOCKS} & set(line), "what no two runs share is not written"
     assert line["k-NN"] == numbers and line["k-NN_unreadable"] == {"train": 1, "test": 0}
     tags = {tag for tag in tensorboard_of(tmp_path).Tags()["scalars"] if "knn" in tag}
     assert tags == {"epoch/knn10_top1", "epoch/knn10_top5"}
@@ -65,6 +66,24 @@ def test_an_interrupted_epoch_has_the_average_of_a_whole_one(monitor, tmp_path):
     second.load_state_dict(first.state_dict())
     record(second, 0, [6.0])
     assert second.end_epoch(0, {})["train_loss"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("saved", "total", "count"),
+    [
+        ([{"loss": [3.0, 2]}, {"loss": [5.0, 2]}], 5.0, 2),
+        ([{"loss": [3.0, 2]}, {"loss": [5.0, 2]}, {"loss": [7.0, 2]}], 5.0, 2.0),
+        ({"loss": [3.0, 2]}, 3.0, 2),
+        ([], None, None),
+    ],
+    ids=["as many", "another number", "of the first alone, as once", "at an epoch's beginning"],
+)
+def test_every_process_goes_on_from_its_own_sums_or_from_the_mean_of_all(monitor, saved, total, count):
+    second = monitor(rank=1)
+    second.load_state_dict(saved)
+    assert {name: (meter.total, meter.count) for name, meter in second.meters.items()} == (
+        {"loss": (total, count)} if saved else {}
+    )
 
 
 def test_an_epoch_that_only_lacks_its_test_keeps_its_measures(monitor, tmp_path):

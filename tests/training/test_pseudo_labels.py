@@ -38,3 +38,21 @@ def test_without_labels_or_prototypes_there_is_nothing_to_say(labels):
     unknown.add(torch.tensor([0, 1]), torch.tensor([0, 1]))
     without.add(torch.tensor([0, 1]), None)
     assert unknown.end_epoch() == without.end_epoch() == {}
+
+
+def test_an_interrupted_epoch_is_judged_as_a_whole():
+    labels = np.array([5, 5, 7, 7, 9, 9])
+    pieces = [(torch.tensor(images), torch.tensor(found)) for images, found in (([4, 0], [1, 2]), ([2, 5], [2, 3]))]
+    whole, first, second = (PseudoLabels(labels, ALONE) for _ in range(3))
+    for collected, parts in ((whole, pieces), (first, pieces[:1])):
+        for part in parts:
+            collected.add(*part)
+    for _ in range(2):  # saving it changes nothing
+        state = first.state_dict()
+    second.load_state_dict(state)
+    assert torch.equal(second.state_dict()["seen"], state["seen"])
+    for collected in (first, second):
+        collected.add(*pieces[1])
+    expected = whole.end_epoch()
+    assert first.end_epoch() == second.end_epoch() == expected
+    assert second.state_dict() == {} and second.end_epoch() == {}
