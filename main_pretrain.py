@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.datasets import Source, open_training
 from data.decode import reading_from
 from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
+from lock import hold
 from methods import method_class
 from methods.base import Clock, Method
 from models.batch_norm import batch_norm_of_the_batch, synchronise_batch_norm
@@ -54,7 +55,6 @@ from utils import (
     init_world,
     keep_large_blocks,
     log,
-    make_folder,
     run_cli,
 )
 
@@ -185,7 +185,6 @@ def train(run: Run, knn: OnlineKNN) -> None:
     """From where the run stands to its end: epochs, checkpoints, online k-NN."""
     args = run.args
     first_epoch, step = begin(run)
-    make_folder(Path(args.output_dir))
     if first_epoch >= args.epochs:
         log.info("%s holds a finished run of %d epochs", args.output_dir, args.epochs)
         return
@@ -340,7 +339,9 @@ def main() -> int:
             begin(run)
         dry_run(run, device_pieces(run, 0, 0))
         return 0
-    train(run, OnlineKNN(args, world, run.method.evaluation_backbone(), run.method.image_size(args)))
+    knn = OnlineKNN(args, world, run.method.evaluation_backbone(), run.method.image_size(args))
+    with hold(Path(args.output_dir), world):
+        train(run, knn)
     return 0
 
 

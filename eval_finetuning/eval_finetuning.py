@@ -11,6 +11,7 @@ from pathlib import Path
 from evaluation.finetune import build_run, evaluate, train
 from evaluation.finetune_options import check_arguments, get_args_parser
 from evaluation.finetune_run import report
+from lock import hold
 from utils import has_bf16, init_world, keep_large_blocks, make_folder, run_cli
 
 
@@ -22,12 +23,14 @@ def main() -> None:
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(world.device) else "fp32"
     run = build_run(args, world)
-    make_folder(Path(args.output_dir))
     if args.eval:
+        make_folder(Path(args.output_dir))
         evaluate(run)
+        report(run)
     else:
-        train(run)
-    report(run)
+        with hold(Path(args.output_dir), world):
+            train(run)
+            report(run)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from evaluation.linear import build_run, evaluate, train
 from evaluation.linear_run import report
 from evaluation.network import add_feature_arguments, add_network_arguments, add_process_arguments
 from evaluation.sets import add_data_arguments, check_common_arguments
+from lock import hold
 from utils import Parser, UsageError, bool_flag, init_world, keep_large_blocks, make_folder, run_cli
 
 
@@ -74,12 +75,14 @@ def main() -> None:
     keep_large_blocks()
     world = init_world(args.device, args.dist_url, args.backend)
     run = build_run(args, world)
-    make_folder(Path(args.output_dir))
     if args.evaluate:
+        make_folder(Path(args.output_dir))
         evaluate(run)
+        report(run)
     else:
-        train(run)
-    report(run)
+        with hold(Path(args.output_dir), world):
+            train(run)
+            report(run)
 
 
 if __name__ == "__main__":
