@@ -32,10 +32,11 @@ BEAT, STALE = 10.0, 60.0  # seconds
 @contextlib.contextmanager
 def hold(folder: Path, world: World) -> Iterator[None]:
     """Make ``folder`` and keep it for this run. Raises UsageError on all its processes when another run has it."""
-    make_folder(folder)
-    lock, refusal = Lock(folder / NAME), ""
+    lock, refusal, is_new = Lock(folder / NAME), "", False
     if world.rank == 0:
         try:
+            is_new = not folder.exists()
+            make_folder(folder)
             lock.acquire()
         except UsageError as error:
             refusal = str(error)
@@ -49,6 +50,9 @@ def hold(folder: Path, world: World) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where nothing was written after all
 
 
 class Lock:

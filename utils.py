@@ -196,8 +196,10 @@ def run_cli(main: Callable[[], int | None]) -> None:
 
 
 def _speaks_for_its_machine() -> bool:
-    """Every process meets most errors; one of them tells. Where it is not clear which one, each does."""
-    place = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", ""))
+    """Every process meets most errors; one of them tells. Where it is not clear which one, each does: tasks of srun
+    that have not met may have failed for reasons of their own.
+    """
+    place = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "") if dist.is_initialized() else "")
     return not place.isdecimal() or int(place) == 0
 
 

@@ -101,7 +101,7 @@ def within_depth(network: Network, features: Sequence[Feature]) -> list[Feature]
 def add_process_arguments(parser: argparse._ActionsContainer) -> None:
     add = parser.add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
-    add("--dist_url", default="env://", help="how processes find each other")
+    add("--dist_url", default="env://", help="how processes find each other: env://, tcp://HOST:PORT or file:///PATH")
     add("--backend", choices=BACKENDS, help="how they talk; left out: nccl on GPUs, gloo on processors")
     add("--local_rank", default=0, type=int, help="accepted and ignored: torchrun sets it in the environment")
 

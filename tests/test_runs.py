@@ -556,6 +556,21 @@ def test_pseudo_labels_and_online_knn_survive_two_processes_and_a_kill_within_th
     assert_same_run(tmp_path / "one", tmp_path / "killed")
 
 
+def test_a_second_run_into_the_folder_of_a_living_one_is_refused(images, uninterrupted, tmp_path, monkeypatch):
+    options = {"data_path": images, "output_dir": tmp_path}
+    process = start(**options, num_workers=1)
+    wait_for_line(process, "[0/2]  [0/5]")
+    process.send_signal(signal.SIGSTOP)  # it lives, and does not end in the meantime
+    try:
+        with pytest.raises(UsageError, match=rf"a run is writing there \(process {process.pid} on "):
+            run_here(monkeypatch, **options)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    finish(process)
+    assert_same_run(uninterrupted, tmp_path)
+    assert not (tmp_path / "run.lock").exists()
+
+
 def test_every_command_ends_in_one_line_when_it_is_refused(images, tmp_path):
     output = finish(start(data_path=tmp_path / "nowhere", output_dir=tmp_path / "out"), code=2)
     assert output.startswith("error: ") and output.count("\n") == 1 and "nowhere" in output

@@ -98,6 +98,18 @@ def test_an_error_obeys_no_code_in_a_name(capsys):
     assert capsys.readouterr().err == "error: --x \\x1b]0;title\\x07: a table\n  of two lines\n"
 
 
+@pytest.mark.parametrize(("place", "told"), [("0", True), ("1", False), ("", True), ("one", True)])
+def test_of_several_processes_one_tells_and_every_one_that_does_not_know_its_place(monkeypatch, capsys, place, told):
+    monkeypatch.setenv("LOCAL_RANK", place)
+
+    def main():
+        raise UsageError("--x 3: too large")
+
+    with pytest.raises(SystemExit):
+        run_cli(main)
+    assert bool(capsys.readouterr().err) == told
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")

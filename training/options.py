@@ -135,7 +135,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("processes").add_argument
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: GPUs when there are any")
-    add("--dist_url", default="env://", help="how processes find each other")
+    add("--dist_url", default="env://", help="how processes find each other: env://, tcp://HOST:PORT or file:///PATH")
     add("--backend", choices=BACKENDS, help="how they talk; left out: nccl on GPUs, gloo on processors")
     add("--local_rank", "--local-rank", type=int, help="ignored; old launchers pass it")
 

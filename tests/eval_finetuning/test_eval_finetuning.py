@@ -11,13 +11,14 @@ from eval_finetuning.eval_finetuning import main
 from evaluation import finetune, sets
 from evaluation.finetune_network import build_network
 from evaluation.finetune_options import get_args_parser
+from lock import hold
 from models import build_backbone
 from models.safe_load import CheckpointError
 from tests.eval_knn.test_eval_knn import MendedInPlace, micro
 from tests.eval_linear.test_eval_linear import assert_same, lines_of, saved
 from tests.launch import ROOT, SMALL, finish, make_images, start
 from tests.models.test_hugging_face import IN_FILES, hugging_face_names
-from utils import run_cli
+from utils import World, run_cli
 
 PLAIN = ("--disable_rel_pos_bias", "--abs_pos_emb", "--use_cls", "--layer_scale_init_value", 0)
 FINAL = "checkpoint.pth"
@@ -140,6 +141,13 @@ def test_another_run_in_the_same_folder_is_refused_with_every_difference(tune, t
     code, _, error = tune("--finetune", micro(tmp_path, seed=4), *PLAIN, epochs=1)
     assert code == 2 and "weights at the start" in error
     assert tune(*options, "--lr", 0.001, "--no_auto_resume", epochs=1)[0] == 0
+
+
+def test_a_folder_that_a_living_run_writes_to_is_refused(tune, tmp_path):
+    with hold(tmp_path / "out", World(0, 1, 0, torch.device("cpu"))):
+        code, _, error = tune("--finetune", micro(tmp_path), *PLAIN, epochs=1)
+    assert code == 2 and "a run is writing there" in error and error.count("\n") == 1
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_from_scratch_is_said_loudly_and_an_unreadable_image_is_replaced_and_counted(tune, tmp_path):

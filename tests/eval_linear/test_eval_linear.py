@@ -10,13 +10,14 @@ import torch
 from eval_linear.eval_linear import main
 from evaluation import linear, sets
 from evaluation.linear_heads import heads_of
+from lock import hold
 from models import build_backbone
 from models.layouts.names import plain_name
 from models.reading import read_backbone
 from tests.eval_knn.test_eval_knn import MendedInPlace, micro
 from tests.launch import ROOT, SMALL, finish, flatten, make_images, start
 from tests.sources import Stripes
-from utils import run_cli
+from utils import World, run_cli
 
 
 @pytest.fixture
@@ -195,6 +196,13 @@ def test_another_run_in_the_same_folder_is_refused_with_every_difference(probe, 
     code, _, error = probe("--pretrained_weights", micro(tmp_path, seed=4), "--epochs", 1, "--lr", 0.1)
     assert code == 2 and "network: vit_micro/8" in error
     assert_same(before, saved(tmp_path / "out"))
+
+
+def test_a_folder_that_a_living_run_writes_to_is_refused(probe, tmp_path):
+    with hold(tmp_path / "out", World(0, 1, 0, torch.device("cpu"))):
+        code, _, error = probe("--pretrained_weights", micro(tmp_path), "--epochs", 1)
+    assert code == 2 and "a run is writing there" in error and error.count("\n") == 1
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_file_of_the_original_is_continued_with_load_from(probe, tmp_path):
