@@ -124,13 +124,15 @@ def flatten(value, prefix: str = "") -> dict:
     return {name: leaf for key, inner in items for name, leaf in flatten(inner, f"{prefix}/{key}").items()}
 
 
-def assert_same_run(one: Path, other: Path, rtol: float = 0.0, atol: float = 0.0) -> None:
+def assert_same_run(one: Path, other: Path, rtol: float = 0.0, atol: float = 0.0, first_epoch: int = 0) -> None:
     """Weights, teacher, centres, moments and counters of two runs: bit for bit, log.txt too, or within a tolerance.
 
     No field of log.txt differs by nature: times and throughputs (training.monitor.CLOCKS) are not written there.
+    ``first_epoch``: with which ``other`` began, where it went on with a checkpoint of another folder.
     """
     if rtol == atol == 0.0:
-        assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
+        theirs, ours = ((folder / "log.txt").read_text().splitlines() for folder in (one, other))
+        assert ours == theirs[first_epoch:]
     a, b = ({k: v for k, v in load(folder).items() if k not in ("args", "tutelage")} for folder in (one, other))
     a, b = flatten(a), flatten(b)
     assert a.keys() == b.keys()

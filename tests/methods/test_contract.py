@@ -106,7 +106,7 @@ def test_a_run_follows_whatever_its_method_decides(odd, tmp_path, monkeypatch):
     (tmp_path / "again").mkdir()
     shutil.copy(tmp_path / "out" / "checkpoint0000.pth", tmp_path / "again" / "checkpoint.pth")
     run("again", saveckp_freq=1)
-    assert_same_run(tmp_path / "out", tmp_path / "again")
+    assert_same_run(tmp_path / "out", tmp_path / "again", first_epoch=1)
     assert built[-1].count.steps == 4
 
     run("next", init_from=tmp_path / "out" / "checkpoint.pth", epochs=1)

@@ -78,7 +78,7 @@ def moments_of(run) -> dict[str, dict]:
 def test_with_its_progress_a_run_goes_on_to_the_bits_of_the_one_it_began_with(images, other, tmp_path, monkeypatch):
     options = {"data_path": images, "init_from": other / "checkpoint0000.pth", "init_progress": "true"}
     run_here(monkeypatch, output_dir=tmp_path, **options)
-    assert_same_run(other, tmp_path)
+    assert_same_run(other, tmp_path, first_epoch=1)
     start = load(tmp_path)["tutelage"]["start"]
     assert start == {"file": str(other / "checkpoint0000.pth"), "progress": True, "epoch": 1, "step": 0}
 
@@ -281,7 +281,7 @@ def test_a_run_that_was_written_before_starts_were_goes_on_to_the_same_bits(imag
     (tmp_path / "run").mkdir()
     os.rename(path, tmp_path / "run" / "checkpoint.pth")
     run_here(monkeypatch, data_path=images, output_dir=tmp_path / "run")
-    assert_same_run(other, tmp_path / "run")
+    assert_same_run(other, tmp_path / "run", first_epoch=1)
 
 
 def test_a_start_is_remembered_by_every_run_that_goes_on(built, other, tmp_path):
