@@ -14,6 +14,7 @@ import torch
 import main_pretrain
 from methods.dino import DINO
 from tests.launch import assert_same_run, finish, load, make_images, run_here, start, tensorboard_of, wait_for_line
+from training.consensus import Consensus
 from utils import RunStopped, UsageError
 
 SAVE_EVERY_STEP = {"save_every_minutes": 1e-9}
@@ -455,6 +456,13 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(tmp_path, monkeyp
     assert all(str(path) in caplog.text for path in broken)
     assert log_of(tmp_path / "tolerant")[0]["unreadable_images"] == 2
     assert caplog.messages[-1].endswith("; 2 times an image was unreadable and another one took its place")
+    with monkeypatch.context() as late:
+        verdict = Consensus.verdict  # a GPU's arrives a step later
+        late.setattr(
+            Consensus, "verdict", lambda self, wait=False: verdict(self) if wait or self._waiting[1:] else None
+        )
+        run_here(late, output_dir=tmp_path / "late", max_bad_images=0.1, **options)
+    assert_same_run(tmp_path / "tolerant", tmp_path / "late")
     with pytest.raises(RunStopped, match="of 40 images were unreadable"):
         run_here(monkeypatch, output_dir=tmp_path / "strict", **options)
     assert load(tmp_path / "strict")["tutelage"]["step"] > 0
