@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from utils import UsageError, World, log, make_folder, world_size
+from utils import UsageError, World, escape, log, make_folder, world_size
 
 NAME = "run.lock"
 BEAT, STALE = 10.0, 60.0  # seconds
@@ -80,13 +80,12 @@ class Lock:
                         "stop it, or choose another folder"
                     )
                 if lives is False and self._succeed(found[0]):
-                    log.info("%s: taken over from a run that is no more (%s)", self.path, _described(holder))
+                    log.info("%s: taken over from a run that is no more (%s)", escape(self.path), _described(holder))
                     break
                 if lives is None and first is None:
                     first = found
-                    log.info(
-                        "%s: looking for up to %.0f s whether its run lives (%s)", self.path, STALE, _described(holder)
-                    )
+                    told = (escape(self.path), STALE, _described(holder))
+                    log.info("%s: looking for up to %.0f s whether its run lives (%s)", *told)
                 time.sleep(0.2)
         except OSError as error:
             raise UsageError(f"--output_dir {self.path.parent}: {NAME} cannot be written ({error.strerror})") from None
@@ -133,7 +132,9 @@ class Lock:
             except OSError:  # a server that is away, or a lock that somebody removed
                 continue
             if not mine:  # this process stood still for so long that it was taken for dead
-                print(f"error: {self.path} belongs to another run now; this one ends", file=sys.stderr, flush=True)
+                print(
+                    f"error: {escape(self.path)} belongs to another run now; this one ends", file=sys.stderr, flush=True
+                )
                 os._exit(UsageError.exit_code)
 
 
@@ -200,7 +201,7 @@ def _described(holder: dict) -> str:
     if not holder:
         return "its lock does not say which"
     job = f", SLURM job {holder['job']}" if holder.get("job") else ""
-    return f"process {holder['process']} on {holder.get('host')}, since {holder.get('began')}{job}"
+    return escape(f"process {holder['process']} on {holder.get('host')}, since {holder.get('began')}{job}")
 
 
 def _lives(holder: dict) -> bool | None:

@@ -97,11 +97,11 @@ def test_a_lock_that_says_nothing_counts_while_it_is_young(elsewhere, tmp_path, 
 
 def test_a_run_of_another_machine_lives_as_long_as_it_touches_its_lock(elsewhere, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "tutelage")
-    path, waited = elsewhere(job="cluster 77"), []
+    path, waited = elsewhere(job="cluster 77", began="\x1b[2J"), []
     monkeypatch.setattr(lock, "_age", lambda _: 20.0 * len(waited))
 
     elsewhere.meanwhile = lambda: waited.append(1) if len(waited) < 2 else os.utime(path)
-    with pytest.raises(UsageError, match=r"on node7, since .*, SLURM job cluster 77\)"), hold(tmp_path, ALONE):
+    with pytest.raises(UsageError, match=r"on node7, since \\x1b\[2J, SLURM job cluster 77\)"), hold(tmp_path, ALONE):
         pass
     assert caplog.text.count("looking for up to 60 s whether its run lives") == 1
 

@@ -147,7 +147,7 @@ def test_a_folder_that_a_living_run_writes_to_is_refused(tune, tmp_path):
     with hold(tmp_path / "out", World(0, 1, 0, torch.device("cpu"))):
         code, _, error = tune("--finetune", micro(tmp_path), *PLAIN, epochs=1)
     assert code == 2 and "a run is writing there" in error and error.count("\n") == 1
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_from_scratch_is_said_loudly_and_an_unreadable_image_is_replaced_and_counted(tune, tmp_path):

@@ -202,7 +202,7 @@ def test_a_folder_that_a_living_run_writes_to_is_refused(probe, tmp_path):
     with hold(tmp_path / "out", World(0, 1, 0, torch.device("cpu"))):
         code, _, error = probe("--pretrained_weights", micro(tmp_path), "--epochs", 1)
     assert code == 2 and "a run is writing there" in error and error.count("\n") == 1
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_of_the_original_is_continued_with_load_from(probe, tmp_path):
