@@ -454,7 +454,7 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(tmp_path, monkeyp
     options = {"data_path": folder, "epochs": 1}
     assert run_here(monkeypatch, output_dir=tmp_path / "tolerant", max_bad_images=0.1, **options) == 0
     assert all(str(path) in caplog.text for path in broken)
-    assert log_of(tmp_path / "tolerant")[0]["unreadable_images"] == 2
+    assert log_of(tmp_path / "tolerant")[0]["train_unreadable"] == 2
     assert caplog.messages[-1].endswith("; 2 times an image was unreadable and another one took its place")
     with monkeypatch.context() as late:
         verdict = Consensus.verdict  # a GPU's arrives a step later
