@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BENEATH = {"utils", "randomness"}
+BENEATH = {"utils", "errors", "lock", "processes", "randomness"}
 ROOMS = {  # what the files of a room may import of ours, beside their own room
     "data": BENEATH,
     "models": BENEATH,
