@@ -35,7 +35,7 @@ def describe(result: Result) -> str:
     name = f"{case.method}/{case.name}" + (" (optional)" if case.optional else "")
     if result.status == "not covered":
         return f"{name:58s} {'':24s} not covered"
-    rtol, atol = case.tolerance
+    rtol, atol, _ = case.tolerance
     line = f"{name:58s} deviation {result.deviation:8.1e}   rtol {rtol:g} atol {atol:g}   {result.status}"
     return line + "".join(f"\n    {problem}" for problem in result.problems[:5])
 

@@ -124,8 +124,8 @@ def probe_of_a_checkpoint(case: Case) -> Iterator[tuple]:
             best, ours = acc1, saved_heads(probe, line["epoch"] + 1, p["epochs"])
             ours = {name: value.clone() for name, value in ours["state_dict"].items()} | {"epoch": ours["epoch"]}
     ((weight, bias, *_),) = probe.tensors()
-    yield "final_weight/final_bias weight", weight, case.arrays["final_weight"]
-    yield "final_weight/final_bias bias", bias, case.arrays["final_bias"]
+    yield "final_weight", weight, case.arrays["final_weight"]
+    yield "final_bias", bias, case.arrays["final_bias"]
     file = saved_heads(probe, p["epochs"], p["epochs"])
     yield "checkpoint_teacher_linear.pth keys", [*file, "best_acc"], list(saved)
     yield "checkpoint_teacher_linear.pth epoch", ours["epoch"], saved["epoch"]

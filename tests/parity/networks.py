@@ -246,8 +246,8 @@ def attmask_forward(case: Case) -> Iterator[tuple]:
     yield "local_tokens", backbone.forward_features(local), case.arrays["local_tokens"]
     yield "nonsquare_tokens", backbone.forward_features(wide), case.arrays["nonsquare_tokens"]
     cls, patch = head(tokens)
-    yield "head_cls/head_patch: cls", cls, case.arrays["head_cls"]
-    yield "head_cls/head_patch: patch", patch, case.arrays["head_patch"]
+    yield "head_cls", cls, case.arrays["head_cls"]
+    yield "head_patch", patch, case.arrays["head_patch"]
     yield "local_head_cls", head(backbone(local)), case.arrays["local_head_cls"]
     yield "masked_tokens", backbone.forward_features(images, masks), case.arrays["masked_tokens"]
     # the attention of a masked image is asked of nobody but the case: blocks by hand
