@@ -18,9 +18,10 @@ from data import augment
 from data.loader import normalise
 from data.views import MultiCropViews, seeded_generators
 from tests.parity import Case
+from tests.parity.preprocess import every_nth
 
 EXACT = (0.0, 0.0)
-FLOAT32 = (0.0, 1e-6)
+NUMBER = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"
 SAMPLES = 5000  # the notes ask for 4000 at least
 
 
@@ -31,20 +32,28 @@ def operations(case: Case) -> Iterator[tuple]:
     """out/<operation>[_<amount>], or out/to_tensor_normalized_sub, of the uint8 image in/image."""
     image = np.ascontiguousarray(case.arrays["in/image"])
     box = augment.Box(*map(int, case.value("crop_box_top_left_h_w")))
+    notes = case.entry["notes"]
+    (levels,), (blurred, slight), (mean,) = (
+        map(float, re.search(pattern.replace("#", NUMBER), notes).groups())
+        for pattern in ("atol # for colour", "# for blur of sigma <= #", "mean absolute difference <= #")
+    )
     for name in case.names("out/"):
         expected = case.arrays[name]
         operation, amount = parse(name.removeprefix("out/"))
         if operation == "to_tensor_normalized_sub":
-            yield name, subsampled_normalised(image, expected), expected, FLOAT32
+            pixels = normalise(augment.to_planes(image)[None])[0]
+            said = case.meaning(name)
+            atol = float(re.search(f"atol {NUMBER}", said)[1])
+            yield name, every_nth(pixels, expected, said), expected, (0.0, atol)
             continue
         pil, fast = OPERATIONS[operation]
         size = expected.shape[0]
         yield f"{name} pil", np.asarray(pil(Image.fromarray(image), amount, box, size)), expected, EXACT
         actual = fast(image, amount, box, size)
-        smooth = operation == "blur" and amount <= 1
-        yield f"{name} fast", as_rgb(actual), expected, (0.0, 2.0 if smooth else 3.0)
+        smooth = operation == "blur" and amount <= slight
+        yield f"{name} fast", as_rgb(actual), expected, (0.0, blurred if smooth else levels)
         difference = np.abs(as_rgb(actual).astype(float) - expected).mean()
-        yield f"{name} fast, mean absolute difference", difference, np.zeros(()), (0.0, 1.0)
+        yield f"{name} fast, mean absolute difference", difference, np.zeros(()), (0.0, mean)
 
 
 def parse(name: str) -> tuple[str, float]:
@@ -55,11 +64,6 @@ def parse(name: str) -> tuple[str, float]:
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
     return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
-
-
-def subsampled_normalised(image: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    planes = normalise(augment.to_planes(image)[None])[0].numpy()
-    return planes[:, :: image.shape[0] // expected.shape[1], :: image.shape[1] // expected.shape[2]]
 
 
 def _resized(mode: str) -> tuple[Callable, Callable]:
@@ -103,9 +107,13 @@ OPERATIONS = {
 
 def seeded_pipeline(case: Case) -> Iterator[tuple]:
     """out/seed<s>_crop<c>: every n-th pixel of the normalised crop; out/seed<s>_means: means of all its pixels."""
-    crops = {name: value for name, value in case.params.items() if "_crops_" in name}
-    local = (crops.pop("local_crops_number"), crops.pop("local_crops_size", 96))
-    views = MultiCropViews(**crops, local_crops=[local], augment="pil")
+    options = {name: value for name, value in case.params.items() if "_crops_" in name}
+    said = case.entry.get("notes", "")
+    options["global_crops_size"], local_size = map(
+        int, re.search(r"Global crops are (\d+), local (\d+)", said).groups()
+    )
+    local_crops = [(options.pop("local_crops_number"), local_size)]
+    views = MultiCropViews(**options, local_crops=local_crops, augment="pil")
     image = Image.fromarray(case.arrays["in/image"])
     for seed in case.params["seeds"]:
         with seeded_generators(0):  # what the originals seed is put back afterwards
@@ -115,7 +123,7 @@ def seeded_pipeline(case: Case) -> Iterator[tuple]:
         for number, crop in enumerate(crops):
             name = f"out/seed{seed}_crop{number}"
             expected = case.arrays[name]
-            yield name, crop[:, :: crop.shape[1] // expected.shape[1], :: crop.shape[2] // expected.shape[2]], expected
+            yield name, every_nth(crop, expected, said), expected
         name = f"out/seed{seed}_means"
         yield name, np.array([crop.mean().item() for crop in crops]), case.arrays[name]
 

@@ -31,11 +31,22 @@ def checkpoint_and_features(case: Case) -> Iterator[tuple]:
         if "value" in case.entry["outputs"][name]:
             yield from training_layout(case, name, training)
     for name in case.extra_files:
-        for key in ("teacher", "student") if name in training else ("student" if "student" in name else "teacher",):
+        for key in ("teacher", "student") if name in training else (owner(files[name], training),):
             model = build_vit(case.params).to(case.dtype).eval()
             load_tensors(model, *read_backbone(case.folder / name, key))
             for label in case.names(f"out/{key}_"):
                 yield f"{label} of {name}", feature_of(case, model, label), case.arrays[label]
+
+
+def owner(bare: dict, training: dict[str, dict]) -> str:
+    """Whose backbone a file holds by itself: the network of a training checkpoint that has the same patch embedding."""
+    name = "patch_embed.proj.weight"
+    weight = next(tensor for key, tensor in bare.get("state_dict", bare).items() if key.endswith(name))
+    for file in training.values():
+        for network in ("teacher", "student"):
+            if any(key.endswith(name) and torch.equal(tensor, weight) for key, tensor in file[network].items()):
+                return network
+    raise ValueError("a backbone that no training checkpoint has")
 
 
 def training_layout(case: Case, output: str, training: dict[str, dict]) -> Iterator[tuple]:
@@ -73,7 +84,8 @@ def feature_of(case: Case, model: torch.nn.Module, label: str) -> torch.Tensor:
 
 def attmask_checkpoint(case: Case) -> Iterator[tuple]:
     config, files = case.params["model"], {name: load_file(case.folder / name) for name in case.extra_files}
-    full, bare = max(files.values(), key=len), min(files.values(), key=len)
+    training = {name: file for name, file in files.items() if "teacher" in file}
+    full, (bare,) = max(training.values(), key=len), (file for name, file in files.items() if name not in training)
     yield "top_level_keys", sorted(full), sorted(case.params["top_level_keys"])
     for key in ("student", "teacher"):
         prefixes = {".".join(name.split(".")[: 2 if key == "student" else 1]) + "." for name in full[key]}
@@ -90,7 +102,7 @@ def attmask_checkpoint(case: Case) -> Iterator[tuple]:
             with torch.no_grad():
                 feature = Feature(int(n), avgpool)(model, case.tensor("images"))
             yield f"{label} of {name}", feature, case.arrays[label]
-            if name != "backbone_only.pth":  # which has no heads to be ignored
+            if name in training:  # a backbone by itself has no heads to be ignored
                 theirs = build_vit(config, use_mean_pooling=avgpool == "1")
                 report = compare(theirs.state_dict(), state, info)
                 yield f"{label} missing", report.missing, messages["missing"]
@@ -113,9 +125,10 @@ def combined_checkpoint(case: Case) -> Iterator[tuple]:
     linear = [name for name in report.ignored if name.startswith("linear.")]  # the original has them in its network
     yield "load_unexpected", [name for name in report.ignored if name not in linear], case.params["load_unexpected"]
     ((weight, bias),) = heads_of(file)
+    blocks = weight.shape[1] // model.embed_dim  # class tokens of the last ones, side by side
     mean, std = (torch.tensor(values).to(case.dtype).view(3, 1, 1) for values in (MEAN, STD))  # float32 in the original
     with torch.no_grad():
-        features = Feature(4)(model, (case.tensor("images").clamp(0, 1) - mean) / std)
+        features = Feature(blocks)(model, (case.tensor("images").clamp(0, 1) - mean) / std)
     logits = features @ weight.to(case.dtype).T + bias.to(case.dtype)
     yield "logits", logits, case.arrays["logits"]
     predictions, labels = logits.argmax(dim=1), case.tensor("labels")

@@ -36,18 +36,19 @@ def weighted_knn(case: Case) -> Iterator[tuple]:
 
 def low_shot(case: Case) -> Iterator[tuple]:
     train, labels, test, test_labels = knn_tensors(case)
-    done: dict[tuple, dict] = {}  # (images per class, k) -> what its starts gave
+    done: dict[tuple, dict] = {}  # (images per class, k, temperature) -> what its starts gave
     for run in case.entry["outputs"]["runs"]:
         per_class, k = run["subset"], run["nb_knn"]
-        runs = done.setdefault((per_class, k), {})
-        label = f"runs of {per_class} per class, k={k}"
+        temperature = run.get("temperature", case.params.get("temperature"))
+        runs = done.setdefault((per_class, k, temperature), {})
+        label = f"runs of {per_class} per class, k={k}, T={temperature}"
         if "mean_top1_over_starts" in run:
             yield f"{label}, mean", mean_accuracies(runs)[k][0], run["mean_top1_over_starts"]
             continue
         start = run["subset_starts"]
         rows = bank_rows(labels, per_class, start)
         classes = case.params["num_classes"]
-        runs[start] = knn_classify(train[rows], labels[rows], test, test_labels, [k], run["temperature"], classes)
+        runs[start] = knn_classify(train[rows], labels[rows], test, test_labels, [k], temperature, classes)
         yield from known_accuracies(f"{label}, from {start}", runs[start][k], run)
 
 

@@ -1,12 +1,23 @@
 """Runners: linear heads on given features, and on those of a checkpoint."""
 
+import math
+import re
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from evaluation.features import Feature
-from evaluation.linear_heads import LinearHeads, Probe, Recipe, best_head, cosine_factor, heads_of, saved_heads
+from evaluation.linear_heads import (
+    MOMENTUM,
+    LinearHeads,
+    Probe,
+    Recipe,
+    best_head,
+    cosine_factor,
+    heads_of,
+    saved_heads,
+)
 from evaluation.linear_run import SWEEP_LRS, sweep_recipes
 from models.checkpoints import load_tensors
 from models.reading import read_backbone
@@ -49,7 +60,8 @@ def stacked_heads(case: Case, prefixes: list[str], recipes: list[Recipe]) -> Pro
 def linear_probe_training(case: Case) -> Iterator[tuple]:
     p = case.params
     lr = p["lr"] * p["batch_size_per_gpu"] * p["world_size"] / 256
-    yield "history, lr_effective", lr, p["lr_effective"]
+    yield "lr_effective", lr, p["lr_effective"]
+    yield "momentum", MOMENTUM, p["momentum"]
     probe = stacked_heads(case, ["classifier0"], [Recipe(lr, p["weight_decay"])])
     train, val = given_batches(case, "train"), given_batches(case, "val")
     for epoch, expected in enumerate(case.value("history")):
@@ -106,13 +118,12 @@ def probe_of_a_checkpoint(case: Case) -> Iterator[tuple]:
     with torch.no_grad():
         features = Feature(min(p["n_last_blocks"], len(model.blocks)))(model, case.tensor("images"))
     labels, size = case.tensor("labels"), p["batch_size"]
-    train = [(features[i : i + size], labels[i : i + size]) for i in (0, size)]
-    val = [(features[2 * size :], labels[2 * size :])]
+    train, val = ([(features[s], labels[s]) for s in said_slices(p[name], size)] for name in ("train_batches", "val"))
     lr = p["lr_arg"] * size / 256
-    yield "log, effective_lr", lr, p["effective_lr"]
+    yield "effective_lr", lr, p["effective_lr"]
     heads = LinearHeads(case.tensor("init_weight")[None], case.tensor("init_bias")[None], [Recipe(lr)])
     probe, saved = Probe([heads]), load_file(case.folder / case.extra_files[0])
-    best = -1.0
+    best = -math.inf
     for line in case.entry["outputs"]["log"]:
         factor = cosine_factor(line["epoch"], p["epochs"])
         (loss,) = train_epoch(probe, train, factor)
@@ -137,6 +148,16 @@ def probe_of_a_checkpoint(case: Case) -> Iterator[tuple]:
             yield f"checkpoint_teacher_linear.pth scheduler {name}", file["scheduler"][name], value
     ((weight, bias),) = heads_of(saved)
     yield "checkpoint_teacher_linear.pth classes", [len(weight), len(bias)], [p["num_labels"]] * 2
+
+
+def said_slices(text: str, size: int) -> list[slice]:
+    """``images[0:bs], images[bs:2bs]`` with batches of ``size``."""
+    ends = re.findall(r"images\[(\w*):(\w*)\]", text)
+    return [slice(*(said_index(end, size) if end else None for end in pair)) for pair in ends]
+
+
+def said_index(end: str, size: int) -> int:
+    return int(end.removesuffix("bs") or 1) * (size if end.endswith("bs") else 1)
 
 
 RUNNERS = {

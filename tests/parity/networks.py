@@ -1,5 +1,7 @@
 """Runners: vision transformer, projection head, multi-crop wrapper."""
 
+import json
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +13,7 @@ from methods.multicrop import MultiCropNetwork
 from models import build_backbone
 from models.vit import VisionTransformer, group_by_size
 from tests.parity import Case
+from tests.parity.constants import constants_of_norms
 
 
 def build_vit(config: dict, **kwargs) -> VisionTransformer:
@@ -31,6 +34,7 @@ def build_vit(config: dict, **kwargs) -> VisionTransformer:
 def vit_forward(case: Case) -> Iterator[tuple]:
     vit = build_vit(case.params).to(case.dtype).eval()
     vit.load_state_dict(case.state("state"))
+    yield from constants_of_norms(case.params, vit)
     depth = len(vit.blocks)
     for name in case.names("in/x_"):
         kind = name.removeprefix("in/x_")
@@ -158,21 +162,21 @@ def ibot_multicrop(case: Case) -> Iterator[tuple]:
     crops, local_crops = ([case.tensor(name) for name in case.names(f"in/{kind}")] for kind in ("global", "local"))
     masks = torch.cat([case.tensor(name) for name in case.names("in/mask")])
 
-    tokens = backbone.forward_features(torch.cat(crops), masks)
-    local_tokens = backbone.forward_features(torch.cat(local_crops))
-    cls, patch = network.head(tokens)
-    local_cls, local_patch = network.head(local_tokens)
+    cls, patch = network.head(backbone.forward_features(torch.cat(crops), masks))
     yield "out/backbone_feat", backbone.forward_features(torch.cat(crops)), case.arrays["out/backbone_feat"]
     yield "out/cls", cls, case.arrays["out/cls"]
     yield "out/patch", patch, case.arrays["out/patch"]
-    yield "out/local_cls", local_cls, case.arrays["out/local_cls"]
-    yield "out/local_patch", local_patch, case.arrays["out/local_patch"]
+    if local_crops:
+        local_cls, local_patch = network.head(backbone.forward_features(torch.cat(local_crops)))
+        yield "out/local_cls", local_cls, case.arrays["out/local_cls"]
+        yield "out/local_patch", local_patch, case.arrays["out/local_patch"]
 
     masked = masks.flatten().nonzero().flatten()
     classes, patches = backbone.forward_masked(crops, local_crops, masks, masked)
     count = len(case.arrays["out/cls"])
     yield "out/cls, one pass for all crops", network.head(classes[:count]), case.arrays["out/cls"]
-    yield "out/local_cls, one pass for all crops", network.head(classes[count:]), case.arrays["out/local_cls"]
+    if local_crops:
+        yield "out/local_cls, one pass for all crops", network.head(classes[count:]), case.arrays["out/local_cls"]
     expected = case.tensor("out/patch").flatten(0, 1)[masked]
     yield "out/patch, masked positions", network.head.last_layer2(network.head.bottleneck(patches)), expected
 
@@ -180,6 +184,7 @@ def ibot_multicrop(case: Case) -> Iterator[tuple]:
 def vit_masked(case: Case) -> Iterator[tuple]:
     vit = build_vit(case.params, masked_im_modeling=True).to(case.dtype)
     vit.load_state_dict(case.state("state"))
+    yield from constants_of_norms(case.params, vit)
     for name in case.names("in/x_"):
         kind = name.removeprefix("in/x_")
         images, masks = case.tensor(name), case.tensor(f"in/mask_{kind}")
@@ -199,6 +204,7 @@ def vit_masked(case: Case) -> Iterator[tuple]:
 def vit_tokens(case: Case) -> Iterator[tuple]:
     vit = build_vit(case.params).to(case.dtype)
     vit.load_state_dict(case.state("state"))
+    yield from constants_of_norms(case.params, vit)
     for name in case.names("in/x_"):
         kind = name.removeprefix("in/x_")
         images = case.tensor(name)
@@ -209,13 +215,26 @@ def vit_tokens(case: Case) -> Iterator[tuple]:
 
 
 def attmask_init(case: Case) -> Iterator[tuple]:
-    """The names of a published student are ours, and the crops belong to its sizes."""
+    """The names of a published student are ours, and the crops, first the global ones, are of its two sizes."""
     p, (head, backbone) = case.params["model"], attmask_network(case)
+    sizes: dict[str, list[list[int]]] = {}
     for name in case.names("step"):
-        size = p["img"] if int(name[-1]) < 2 else p["local"]
-        yield name, list(case.arrays[name].shape[1:]), [3, size, size]
-    names = [f"backbone.{n}" for n in backbone.state_dict()] + [f"head.{n}" for n in head.state_dict()]
-    yield "names", sorted(names), sorted(name for name in case.arrays if not name.startswith("step"))
+        sizes.setdefault(name.partition("_crop")[0], []).append(list(case.arrays[name].shape[1:]))
+    for step, shapes in sizes.items():
+        large, small = ([3, p[kind], p[kind]] for kind in ("img", "local"))
+        count = shapes.count(large)
+        yield f"{step}_crop, shapes", shapes, [large] * count + [small] * (len(shapes) - count)
+    ours = {f"{part}.{n}": t for part, m in (("backbone", backbone), ("head", head)) for n, t in m.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in ours.items()}
+    yield "names", found, {name: list(a.shape) for name, a in case.arrays.items() if not name.startswith("step")}
+
+
+def shared_state_and_crops(case: Case) -> tuple[dict[str, torch.Tensor], Case]:
+    """The student and the crops ``step<s>_crop<i>`` in the files that several cases have in common and name."""
+    files = re.findall(r"[\w.-]+\.npz", json.dumps([case.entry["inputs"], case.params]))
+    shared = Case(case.folder, case.method, case.entry | {"file": list(dict.fromkeys(files))})
+    state = {name: shared.tensor(name) for name in shared.arrays if not name.startswith("step")}
+    return state, shared
 
 
 def attmask_network(case: Case) -> tuple[IBOTHead, VisionTransformer]:
@@ -227,20 +246,21 @@ def attmask_network(case: Case) -> tuple[IBOTHead, VisionTransformer]:
 
 def attmask_forward(case: Case) -> Iterator[tuple]:
     head, backbone = attmask_network(case)
-    files = Case(case.folder, case.method, {**case.entry, "file": ["init_student.npz", "crops.npz"]})
+    state, shared = shared_state_and_crops(case)
     for module, prefix in ((head, "head."), (backbone, "backbone.")):
-        names = files.names(prefix)
-        module.load_state_dict({name.removeprefix(prefix): files.tensor(name) for name in names})
-    images, local = files.tensor("step0_crop0"), files.tensor("step0_crop2")
-    wide = torch.cat((images, images), dim=3)[..., : images.shape[3] + 2 * backbone.patch_size]
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    said = case.params["images"]
+    images, local = (shared.tensor(re.search(rf"(\w+) \({kind}\)", said)[1]) for kind in ("global", "local"))
+    more = int(re.search(r"img ?\+ ?(\d+) ?\* ?patch", said)[1]) * backbone.patch_size
+    wide = torch.cat([images] * (1 + -(-more // images.shape[3])), dim=3)[..., : images.shape[3] + more]
     masks = case.tensor("mask")
 
     tokens, attention = backbone.forward_features_with_attention(images)
     yield "tokens", tokens, case.arrays["tokens"]
     yield "tokens, without attention", backbone.forward_features(images), case.arrays["tokens"]
     yield "cls_attention", attention[..., backbone.num_prefix_tokens :].mean(dim=1), case.arrays["cls_attention"]
-    yield "last_attention", backbone.get_last_selfattention(images[:1]), case.arrays["last_attention"]
-    yield "local_attention", backbone.get_last_selfattention(local[:1]), case.arrays["local_attention"]
+    for name, crop in (("last_attention", images), ("local_attention", local)):
+        yield name, backbone.get_last_selfattention(crop[which_images(case, name)]), case.arrays[name]
     for index, block in enumerate(backbone.get_intermediate_layers(images, backbone.depth)):
         yield f"intermediate_{index}", block, case.arrays[f"intermediate_{index}"]
     yield "local_tokens", backbone.forward_features(local), case.arrays["local_tokens"]
@@ -251,12 +271,19 @@ def attmask_forward(case: Case) -> Iterator[tuple]:
     yield "local_head_cls", head(backbone(local)), case.arrays["local_head_cls"]
     yield "masked_tokens", backbone.forward_features(images, masks), case.arrays["masked_tokens"]
     # the attention of a masked image is asked of nobody but the case: blocks by hand
-    x = backbone.prepare_tokens(images, masks)[-2:-1]
+    x = backbone.prepare_tokens(images, masks)[which_images(case, "masked_attention")]
     rows, groups = x.flatten(0, 1), [x.shape[:2]]
     for block in backbone.blocks[:-1]:
         rows = block(rows, groups)
     last = backbone.blocks[-1]
     yield "masked_attention", last.attn.weights(last.norm1(rows), groups), case.arrays["masked_attention"]
+
+
+def which_images(case: Case, name: str) -> slice:
+    """``its last attention, second-to-last image only``"""
+    places = {"second-to-last": slice(-2, -1), "first": slice(0, 1), "last": slice(-1, None)}
+    said = re.search(rf"({'|'.join(places)}) image only", case.meaning(name))
+    return places[said[1]] if said else slice(None)
 
 
 RUNNERS = {

@@ -1,5 +1,6 @@
 """Runners: schedules, parameter groups, clipping, freezing, LARS."""
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -54,10 +55,15 @@ def param_groups(case: Case) -> Iterator[tuple]:
     for label in case.outputs():
         head = {key: value == "True" for key, value in (part.split("=") for part in label.split(","))}
         head = {"use_bn": head.pop("use_bn_in_head"), **head}
+        head |= {"nlayers": matrices_of_head(case.value(label)["regularized"])}
         method = small_dino(vit, {"out_dim": 4, "hidden_dim": 4, "bottleneck_dim": 4, **head})
         names = {id(p): name for name, p in method.student.named_parameters()}
         decayed, undecayed = ([names[id(p)] for p in group["params"]] for group in method.param_groups())
         yield label, {"regularized": decayed, "not_regularized": undecayed}, case.value(label)
+
+
+def matrices_of_head(decayed: list[str]) -> int:
+    return sum(bool(re.fullmatch(r"head\.mlp(\.\d+)?\.weight", name)) for name in decayed)
 
 
 def ibot_param_groups(case: Case) -> Iterator[tuple]:
@@ -72,6 +78,7 @@ def ibot_param_groups(case: Case) -> Iterator[tuple]:
         vit["init_values"] = 0.1 * any("gamma" in name for name in expected["not_regularized"])
         head = {"out_dim": 4, "patch_out_dim": 4, "hidden_dim": 4, "bottleneck_dim": 4}
         head |= {"shared_head": flags["shared"], "norm_last_layer": flags["norm_last_layer"]}
+        head |= {"nlayers": matrices_of_head(expected["regularized"])}
         student, teacher = (
             MultiCropNetwork(VisionTransformer(**vit, masked_im_modeling=masked), IBOTHead(4, **head))
             for masked in (True, False)
@@ -100,9 +107,8 @@ def swin_decayed(expected: list[str]) -> list[str]:
 
 def teacher_init(case: Case) -> Iterator[tuple]:
     state = case.state("student")
-    out_dim, bottleneck = state["last_layer.weight_v"].shape
-    hidden, in_dim = state["mlp.0.weight"].shape
-    sizes = {"out_dim": out_dim, "hidden_dim": hidden, "bottleneck_dim": bottleneck}
+    sizes = head_sizes({name: tensor.shape for name, tensor in state.items()})
+    in_dim = next(tensor for name, tensor in state.items() if name.startswith("mlp.")).shape[1]
     student, teacher = (
         IBOTHead(in_dim, **sizes, **case.params[side]).to(case.dtype) for side in ("student", "teacher")
     )
@@ -113,6 +119,15 @@ def teacher_init(case: Case) -> Iterator[tuple]:
     followed = {id(ours) for ours, _ in Follower(teacher, student).pairs}
     names = sorted(name for name, p in teacher.named_parameters() if id(p) in followed)
     yield "common_names", names, case.value("common_names")
+
+
+def head_sizes(shapes: dict[str, torch.Size], prefix: str = "") -> dict[str, int]:
+    """Sizes of a projection head by the shapes of its parameters."""
+    matrix = re.compile(rf"{re.escape(prefix)}mlp(\.\d+)?\.weight")
+    layers = [shape for name, shape in shapes.items() if matrix.fullmatch(name) and len(shape) == 2]
+    out_dim, bottleneck = shapes[f"{prefix}last_layer.weight_v"]
+    sizes = {"out_dim": out_dim, "bottleneck_dim": bottleneck, "hidden_dim": layers[0][0], "nlayers": len(layers)}
+    return {name: int(size) for name, size in sizes.items()}
 
 
 def clip_and_freeze(case: Case) -> Iterator[tuple]:
@@ -139,10 +154,8 @@ def _dino_with_parameters(shapes: dict[str, torch.Size]) -> DINO:
     width, _, patch, _ = shapes["backbone.patch_embed.proj.weight"]
     depth = len({name.split(".")[2] for name in shapes if name.startswith("backbone.blocks.")})
     side = round((shapes["backbone.pos_embed"][1] - 1) ** 0.5)
-    out_dim, bottleneck = shapes["head.last_layer.weight_v"]
     vit = {"patch_size": patch, "img_size": side * patch, "embed_dim": width, "depth": depth, "num_heads": 1}
-    head = {"out_dim": out_dim, "bottleneck_dim": bottleneck, "hidden_dim": shapes["head.mlp.0.weight"][0]}
-    method = small_dino(vit, {**head, "norm_last_layer": False})
+    method = small_dino(vit, head_sizes(shapes, "head.") | {"norm_last_layer": False})
     assert {name: p.shape for name, p in method.student.named_parameters()} == shapes
     return method
 

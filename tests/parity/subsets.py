@@ -29,8 +29,9 @@ def small_subsets(case: Case) -> Iterator[tuple]:
 def many_classes(case: Case) -> Iterator[tuple]:
     counts = case.arrays["images_per_class"]
     source = Labels(np.repeat(np.arange(len(counts)), counts))
-    for label in case.names("idx_"):
-        count, start = map(int, label.split("_")[1:])
+    for run in case.params["runs"]:
+        count, start = run["subset"], run["subset_starts"]
+        label = f"idx_{count}_{start}"
         yield label, SubsetSource(source, count, start).positions, case.arrays[label]
 
 

@@ -1,5 +1,6 @@
 """Runners: Swin transformers. Cases of EsViT describe images and some weights by a hash instead of storing them."""
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +12,9 @@ from methods.multicrop import MultiCropNetwork
 from models import build_backbone
 from models.checkpoints import load_backbone
 from models.swin import DEFAULT_DROP_PATH, SwinTransformer, relative_position_index, shift_mask
+from models.vit import group_by_size
 from tests.parity import Case
+from tests.parity.constants import constants_of_norms
 
 SIZES = ("img_size", "patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio")
 
@@ -27,9 +30,10 @@ def build_swin(config: dict, **kwargs) -> SwinTransformer:
 def swin_forward(case: Case) -> Iterator[tuple]:
     swin = build_swin(case.params, masked_im_modeling=True).to(case.dtype).eval()
     swin.load_state_dict(case.state("state"))
+    yield from constants_of_norms(case.params, swin)
     for name in case.names("in/x_"):
         kind, images = name.removeprefix("in/x_"), case.tensor(name)
-        layers = len(case.names("out/inter")) // len(case.names("in/x_"))
+        layers = len([label for label in case.names("out/inter") if label.endswith(f"_{kind}")])
         with torch.no_grad():
             yield f"out/tokens_{kind}", swin.forward_features(images), case.arrays[f"out/tokens_{kind}"]
             yield f"out/pooled_{kind}", swin(images), case.arrays[f"out/pooled_{kind}"]
@@ -88,8 +92,9 @@ def hash_weights(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.T
 def esvit_images(case: Case, size: int) -> torch.Tensor:
     """``hash image of size S: seed = 1000 + S, shape (2,3,S,S)`` or ``hash image, seed = image size, ...``."""
     text = case.params["input"]
-    offset = int(text.split("seed = ")[1].split(" +")[0]) if " + S" in text else 0
-    return hash_images(offset + size, int(text.split("shape (")[1].split(",")[0]), 3, size, size)
+    offset = re.search(r"seed = (\d+) \+ S", text)
+    batch, channels = re.search(r"shape \((\d+), ?(\d+), ?S, ?S\)", text).groups()
+    return hash_images(size + (int(offset[1]) if offset else 0), int(batch), int(channels), size, size)
 
 
 def stored_weights(case: Case) -> dict[str, torch.Tensor]:
@@ -104,6 +109,7 @@ def esvit_forward(case: Case) -> Iterator[tuple]:
         weights = hash_weights(swin.state_dict(), int(case.params["weights"].split("seed ")[1].split("+")[0]))
         yield "names", list(weights), case.params["names"]
     swin.load_state_dict(weights)
+    yield from constants_of_norms(case.params, swin)
     built = [[block.attn.window for block in layer.blocks] for layer in swin.layers]
     shifts = [[block.attn.shift for block in layer.blocks] for layer in swin.layers]
     yield "build_time_window", built, case.params["build_time_window"]
@@ -159,13 +165,18 @@ def esvit_multicrop(case: Case) -> Iterator[tuple]:
     swin = build_swin(p)
     sizes = {"out_dim": p["head out_dim"], "hidden_dim": p["head hidden"], "bottleneck_dim": p["head bottleneck"]}
     network = MultiCropNetwork(swin, DINOHead(swin.embed_dim, **sizes)).to(case.dtype).eval()
+    yield from constants_of_norms(p, swin)
     region_head = DINOHead(swin.embed_dim, **sizes).to(case.dtype).eval()
     swin.load_state_dict(swin.state_dict() | {k: v for k, v in weights.items() if not k.startswith("head")})
     for head, prefix in ((network.head, "head."), (region_head, "head_dense.")):
         head.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
 
+    # "crop 0: hash image seed 10000 shape (2,3,48,48)"
+    said = [re.search(r"seed (\d+) shape \(([\d, ]+)\)", text).groups() for text in p["crops"]]
+    crops = [hash_images(int(seed), *map(int, shape.split(","))) for seed, shape in said]
     locals_ = [s for s, n in zip(p["local_sizes"], p["n_local"], strict=True) for _ in range(n)]
-    crops = [hash_images(10000 + i, 2, 3, s, s) for i, s in enumerate([p["global_size"]] * 2 + locals_)]
+    sizes = [p["global_size"]] * (len(crops) - len(locals_)) + locals_
+    yield "npatch, sizes of the crops", [crop.shape[-1] for crop in crops], sizes
     with torch.no_grad():
         logits = network(crops)
         tokens = [swin.forward_features(crop)[:, 1:] for crop in crops]
@@ -174,7 +185,8 @@ def esvit_multicrop(case: Case) -> Iterator[tuple]:
         yield "cls_logits_view_only", logits, case.arrays["cls_logits_view_only"]
         yield "region_features", regions, case.arrays["region_features"]
         yield "region_logits", region_head(regions), case.arrays["region_logits"]
-    yield "npatch", np.array(list(dict.fromkeys(t.shape[1] for t in tokens))), case.arrays["npatch"]
+        groups = [swin.forward_features(group[:1]).shape[1] - 1 for group in group_by_size(crops)]
+    yield "npatch", np.array(groups), case.arrays["npatch"]
 
 
 def esvit_checkpoint_features(case: Case) -> Iterator[tuple]:

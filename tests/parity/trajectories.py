@@ -1,6 +1,7 @@
 """Runners: whole training runs, step by step, through ``train_one_epoch`` of main_pretrain.py."""
 
 import argparse
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from methods.masked_distillation import patch_temperatures
 from methods.masking import MaskedViews, MaskRatio
 from methods.multicrop import MultiCropNetwork
 from tests.parity import Case
-from tests.parity.networks import build_vit
+from tests.parity.constants import constants_of_optimizers
+from tests.parity.networks import build_vit, shared_state_and_crops
 from tests.parity.swin import build_swin
 from training.blackbox import BlackBox
 from training.consensus import Consensus
@@ -118,6 +120,13 @@ def train(p: dict, method: Method, pieces: Iterator[dict], labels: np.ndarray | 
 
 def compare_steps(case: Case, diary: Diary, stats: list[dict]) -> Iterator[tuple]:
     """What cases with the inline outputs ``steps`` and ``epoch_stats`` expect of a run."""
+    p = case.params
+    yield from constants_of_optimizers(p)
+    batch = p["batch_size_per_gpu"] * p["world_size"]
+    yield "lr_after_linear_scaling", p["lr"] * batch / 256, p["lr_after_linear_scaling"]
+    crops = [case.arrays[name] for name in case.names("in/step0_crop")]
+    wanted = p.get("global_crops_number", 2) + p["local_crops_number"]
+    yield "crops of the first step", [len(crop) for crop in crops], [p["batch_size_per_gpu"]] * wanted
     for step, expected in enumerate(case.value("steps")):
         for name, value in expected.items():
             if isinstance(value, dict):
@@ -187,8 +196,6 @@ def dino_trajectory(case: Case) -> Iterator[tuple]:
     method.teacher.load_state_dict(case.state("teacher0"))
     diary = DINODiary(method)
     stats = train(p, method, crop_pieces(case))
-    batch = p["batch_size_per_gpu"] * p["world_size"]
-    yield "steps, effective learning rate", p["lr"] * batch / 256, p["lr_after_linear_scaling"]
     yield from compare_steps(case, diary, stats)
 
 
@@ -208,6 +215,7 @@ def masked_settings(p: dict) -> dict:
         "freeze_last_layer": p["freeze_last_layer"],
         "lambda1": p["lambda1"],
         "lambda2": p["lambda2"],
+        **{name: p[name] for name in ("student_temp", "center_momentum") if name in p},
     }
 
 
@@ -229,20 +237,28 @@ def ibot_trajectory(case: Case) -> Iterator[tuple]:
 
 def attmask_trajectory(case: Case) -> Iterator[tuple]:
     hyper, model = case.params["hyper"], case.params["model"]
-    p = hyper | {"batch_size_per_gpu": hyper["batch_size"], "world_size": 1, "optimizer": "adamw"}
-    init = Case(case.folder, case.method, {**case.entry, "file": ["init_student.npz"]}).arrays
-    state = {name: torch.from_numpy(value).to(case.dtype) for name, value in init.items()}
+    optimizer = case.params["optimizer"].split()[0].lower()
+    p = hyper | {"batch_size_per_gpu": hyper["batch_size"], "world_size": case.params["world_size"]}
+    p |= {"optimizer": optimizer}
+    state, crops = shared_state_and_crops(case)
     method = attmask_method(model, p, injected="drawn at random" in case.entry["inputs"]["mask_step<s>"]).to(case.dtype)
     method.student.load_state_dict(state)
     method.teacher.load_state_dict({name: value for name, value in state.items() if "masked_embed" not in name})
     shown: list[dict[str, torch.Tensor]] = []
     watch_masks(case, method, shown)
     diary = Diary(method)
-    assert case.params["labels"] == "arange(B)%2"
-    labels = np.tile(np.arange(hyper["batch_size"]) % 2, hyper["epochs"] * hyper["iters_per_epoch"])
-    stats = train(p, method, attmask_pieces(case, hyper), labels)
+    classes = int(re.fullmatch(r"arange\(B\) ?% ?(\d+)", case.params["labels"])[1])
+    labels = np.tile(np.arange(hyper["batch_size"]) % classes, hyper["epochs"] * hyper["iters_per_epoch"])
+    stats = train(p, method, attmask_pieces(case, crops, hyper), labels)
 
-    tensors = (1e-6, 1e-9)
+    for name, column in (("lr_schedule", "lr"), ("wd_schedule", "wd"), ("momentum_schedule", "momentum")):
+        if name in case.params:
+            yield name, diary.column(column), case.params[name]
+    for name in ("teacher_temp", "teacher_patch_temp"):
+        if name in case.params:
+            yield name, getattr(method, f"{name}s"), case.params[name]
+    yield from constants_of_optimizers(model)
+    tensors = case.tolerance_of("final tensors")
     for name in ("loss", "cls", "patch"):
         yield name, diary.column(name), case.entry["outputs"][name]
     for step, step_masks in enumerate(shown):
@@ -302,11 +318,10 @@ def watch_masks(case: Case, method: AttMask, shown: list[dict[str, torch.Tensor]
     method.choose_masks, method.uniforms = watching, given
 
 
-def attmask_pieces(case: Case, hyper: dict) -> Iterator[dict]:
-    crops = Case(case.folder, case.method, {**case.entry, "file": ["crops.npz"]}).arrays
+def attmask_pieces(case: Case, crops: Case, hyper: dict) -> Iterator[dict]:
     side = case.params["model"]["img"] // case.params["model"]["patch"]
     for step in range(hyper["epochs"] * hyper["iters_per_epoch"]):
-        views = [torch.from_numpy(value).to(case.dtype) for name, value in crops.items() if f"step{step}_crop" in name]
+        views = [crops.tensor(name) for name in crops.names(f"step{step}_crop")]
         masks = case.tensor(f"mask_step{step}").unflatten(1, (side, side)).chunk(hyper["ng"])
         yield with_masks({"crops": views}, masks) | numbered(step, {"crops": views})
 

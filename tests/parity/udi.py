@@ -5,28 +5,17 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from evaluation.features import Feature, class_token, pool_tokens
-from evaluation.knn import class_votes, knn_classify, neighbours_in_chunks
-from evaluation.linear_heads import LinearHeads, Probe, Recipe, cosine_factor
 from methods.base import Clock
 from methods.heads import DINOHead
 from methods.srs import SampledBackbone
 from methods.udi import UDI, UDINetwork, teacher_places
-from models.adapt import select_class_tokens
-from models.checkpoints import load_tensors
-from models.reading import read_backbone
 from models.vit import VisionTransformer
 from tests.parity import Case
+from tests.parity.constants import constants_of_optimizers
 from tests.parity.losses import on_ranks
 from tests.parity.trajectories import Diary, train
+from tests.parity.udi_networks import sparse
 from utils import cosine_scheduler, warmup_scheduler
-from visualize_attention import keep_mass
-
-
-def sparse(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Dense maps (..., places, patches) -> index and weight (..., places, 4), and whether a place has any weight."""
-    weight, index = maps.topk(4, dim=-1)
-    return index, weight, maps.sum(dim=-1) > 0
 
 
 def sampled_places(source: torch.Tensor, target: torch.Tensor, local: torch.Tensor | None) -> dict:
@@ -72,52 +61,6 @@ def load_network(network: UDINetwork, case: Case, prefix: str) -> None:
     network.load_state_dict(state)
 
 
-def srs_module(case: Case) -> Iterator[tuple]:
-    p = case.params
-    vit = VisionTransformer(patch_size=8, img_size=16, embed_dim=p["dim"], depth=1, num_heads=1)
-    tokens = case.tensor("tokens")
-    for side in ("src", "tgt"):
-        backbone = SampledBackbone(vit, num_heads=p["num_heads"]).to(case.dtype)
-        backbone.attn.load_state_dict(case.state("attn"))
-        backbone.norm1.load_state_dict(case.state("norm1"))
-        maps = case.tensor(f"map_{side}")
-        index, weight, there = sparse(maps)
-        rows = [
-            backbone.sample(tokens, i, w, torch.arange(i[..., 0].numel())) for i, w in zip(index, weight, strict=True)
-        ]
-        found = torch.stack(rows).view(case.arrays[f"reps_{side}"].shape)
-        yield f"reps_{side}", found, case.arrays[f"reps_{side}"]
-        weights = attention_of(backbone, tokens, index, weight) * there[:, :, None, :, None]
-        yield f"attn_{side}", weights, case.arrays[f"attn_{side}"]
-    for prefix in ("grad", "cot0_grad"):
-        backbone = SampledBackbone(vit, num_heads=p["num_heads"]).to(case.dtype)
-        backbone.attn.load_state_dict(case.state("attn"))
-        backbone.norm1.load_state_dict(case.state("norm1"))
-        leaf = tokens.clone().requires_grad_()
-        total = 0.0
-        for side in ("src", "tgt"):
-            index, weight, there = sparse(case.tensor(f"map_{side}"))
-            for i, w, t, cot in zip(index, weight, there, case.tensor(f"cot_{side}"), strict=True):
-                points = torch.arange(t.numel()) if prefix == "grad" else t.flatten().nonzero().flatten()
-                total = total + (backbone.sample(leaf, i, w, points) * cot.flatten(0, 1)[points]).sum()
-        total.backward()
-        yield f"{prefix}_tokens", leaf.grad, case.arrays[f"{prefix}_tokens"]
-        for module in ("attn", "norm1"):
-            for name, parameter in getattr(backbone, module).named_parameters():
-                label = f"{prefix}_{module}/{name}"
-                yield label, parameter.grad, case.arrays[label]
-
-
-def attention_of(backbone: SampledBackbone, tokens, index, weight) -> torch.Tensor:
-    """Softmax attention of every place (sets, batch, heads, places, patches), which training never forms."""
-    y, attn = backbone.norm1(tokens), backbone.attn
-    heads = attn.num_heads
-    q_all, k, _ = attn.qkv(y).chunk(3, dim=-1)
-    maps = torch.zeros(*index.shape[:-1], tokens.shape[1], dtype=tokens.dtype).scatter_add_(-1, index, weight)
-    q, k = ((maps @ q_all).unflatten(-1, (heads, -1)).transpose(2, 3), k.unflatten(-1, (heads, -1)).transpose(1, 2))
-    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
-
-
 def multicrop_forward(case: Case) -> Iterator[tuple]:
     p = case.params
     student, teacher = (build_network(p).to(case.dtype) for _ in range(2))
@@ -153,6 +96,11 @@ def multicrop_forward(case: Case) -> Iterator[tuple]:
     yield "t_mask_l", local, case.arrays["t_mask_l"], (1e-6, 1e-6)
 
 
+def criterion(p: dict) -> dict:
+    """What a case says of the loss."""
+    return {name: p[name] for name in ("alpha", "student_temp", "center_momentum") if name in p}
+
+
 class Levels:
     """A UDI method whose vectors are logits: its prototypes are the unit vectors."""
 
@@ -162,7 +110,7 @@ class Levels:
         sizes |= {"out_dim": k, "head_hidden": 4, "head_bottleneck": k}
         networks = [build_network(sizes, classes, patch) for _ in range(2)]
         temps = p.get("teacher_temp_schedule", [0.04])
-        self.method = UDI(*networks, temps, patch, p.get("alpha", 0.5)).to(dtype)
+        self.method = UDI(*networks, temps, patch, **criterion(p)).to(dtype)
         for network in networks:
             network.head[0].last_layer.weight_v.data = torch.eye(k, dtype=dtype)
             network.head[0].last_layer.weight_g.data = torch.ones(k, 1, dtype=dtype)
@@ -192,7 +140,7 @@ class Levels:
 def centre_on_rank(rank: int, p: dict, inputs: dict, dtype: torch.dtype) -> dict:
     levels = Levels(p, dtype, 2, True)
     computed = {}
-    for step in sorted({name.split("/")[0] for name in inputs}):
+    for step in dict.fromkeys(name.split("/")[0] for name in inputs):
         levels.targets(
             lambda name, step=step: inputs[f"{step}/{name}"][rank] if f"{step}/{name}" in inputs else None, 0
         )
@@ -247,7 +195,7 @@ def trajectory(case: Case) -> Iterator[tuple]:
     p = case.params
     student, teacher = (build_network(p, p["ncls"], p["patch"], frozen) for frozen in (p["norm_last_layer"], True))
     temps = warmup_scheduler(p["wtt"], p["tt"], p["wtte"], p["epochs"])
-    method = UDI(student, teacher, temps, p["patch"], p["alpha"], p["freeze"]).to(case.dtype)
+    method = UDI(student, teacher, temps, p["patch"], freeze_last_layer=p["freeze"], **criterion(p)).to(case.dtype)
     load_network(method.student, case, "init")
     load_network(method.teacher, case, "init")
     names = {"clip_grad": "clip_grad", "iters_per_epoch": "niter", "batch_size_per_gpu": "B", "warmup_epochs": "warmup"}
@@ -255,6 +203,8 @@ def trajectory(case: Case) -> Iterator[tuple]:
     options = {ours: p[theirs] for ours, theirs in names.items()}
     options |= {name: p[name] for name in ("epochs", "lr", "min_lr")} | {"world_size": 1}
     diary = Diary(method)
+    yield from constants_of_optimizers(p)
+    yield "lr_scaled", options["lr"] * p["B"] * options["world_size"] / 256, p["lr_scaled"]
     stats = train(options, method, trajectory_pieces(case))
     for name in ("lr", "wd", "momentum", "loss"):
         yield name, diary.column(name), case.arrays[name]
@@ -305,147 +255,9 @@ def schedules(case: Case) -> Iterator[tuple]:
             yield f"{label}{number}", values, case.arrays[f"{label}{number}"]
 
 
-def head(case: Case) -> Iterator[tuple]:
-    p = case.params
-    sizes = {name: p[name] for name in ("out_dim", "nlayers", "hidden_dim", "bottleneck_dim")}
-    module = DINOHead(p["in_dim"], norm_last_layer=False, **sizes).to(case.dtype)
-    module.load_state_dict(case.state("sd"))
-    leaf = case.tensor("x3").requires_grad_()
-    results = {name: module(x) for name, x in (("3", leaf), ("4", case.tensor("x4")))}
-    sum((case.tensor(f"cot{name}") * y).sum() for name, y in results.items()).backward()
-    for name, y in results.items():
-        yield f"y{name}", y, case.arrays[f"y{name}"]
-    yield "grad_x3", leaf.grad, case.arrays["grad_x3"]
-    for name in case.names("grad/"):
-        yield name, module.get_parameter(name.removeprefix("grad/")).grad, case.arrays[name]
-    normed = DINOHead(p["in_dim"], use_bn=True, **sizes).to(case.dtype)
-    normed.load_state_dict(case.state("bn_sd"))
-    for name, buffer in normed.named_buffers():
-        if name.endswith("num_batches_tracked"):
-            buffer.zero_()  # the case has recorded this counter, of all its "before", after the pass
-    yield "bn_y_train", normed.train()(case.tensor("bn_x")), case.arrays["bn_y_train"]
-    for name in case.names("bn_sd_after/"):
-        yield name, normed.get_buffer(name.removeprefix("bn_sd_after/")), case.arrays[name]
-    yield "bn_y_eval", normed.eval()(case.tensor("bn_x")), case.arrays["bn_y_eval"]
-
-
-def backbone_two_class_tokens(case: Case) -> Iterator[tuple]:
-    p = case.params
-    vit = VisionTransformer(
-        **{
-            name: p[name]
-            for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
-        },
-        num_class_tokens=p["num_class_token"],
-    ).to(case.dtype)
-    vit.load_state_dict(case.state("sd"))
-    for name in case.names("x_"):
-        kind, images = name.removeprefix("x_"), case.tensor(name)
-        yield f"cls_{kind}", vit(images), case.arrays[f"cls_{kind}"]
-        yield f"cls_{kind}, with patches", vit.forward_with_patches([images])[0], case.arrays[f"cls_{kind}"]
-        yield f"attn_{kind}", vit.get_last_selfattention(images), case.arrays[f"attn_{kind}"]
-        yield f"pos_{kind}", vit.position_embedding(*images.shape[-2:]), case.arrays[f"pos_{kind}"]
-        for index, layer in enumerate(vit.get_intermediate_layers(images, vit.depth)):
-            if f"layer{index}_{kind}" in case.arrays:
-                yield f"layer{index}_{kind}", layer, case.arrays[f"layer{index}_{kind}"]
-
-
-def weighted_knn(case: Case) -> Iterator[tuple]:
-    tensors = [case.tensor(name) for name in ("train", "train_labels", "test", "test_labels")]
-    classes = case.params["num_classes"]
-    for temperature, k, top1, top5, ambiguous in case.arrays["results"]:
-        found = knn_classify(*tensors, [int(k)], temperature, classes)[int(k)]
-        label = f"results T={temperature} k={int(k)}"
-        yield f"{label} top1", found[0], top1
-        yield f"{label} top5", found[1], top5, (0, ambiguous + 1e-9)
-    chunks = neighbours_in_chunks(tensors[0], tensors[1], tensors[2], 5, classes)
-    votes = torch.cat([class_votes(similarities, labels, 0.07, classes) for _, similarities, labels in chunks])
-    yield "votes_first", votes, case.arrays["votes_first"]
-
-
-def linear_probe(case: Case) -> Iterator[tuple]:
-    p = case.params
-    lr = p["lr"] * p["B"] * p["world"] / 256
-    init = case.state("init")
-    heads = LinearHeads(init["linear.weight"][None].clone(), init["linear.bias"][None].clone(), [Recipe(lr)])
-    probe, rates, losses = Probe([heads]), [], []
-    for epoch in range(p["epochs"]):
-        factor = cosine_factor(epoch, p["epochs"])
-        rates.append(lr * factor)
-        total = 0.0
-        for step in range(epoch * p["niter"], (epoch + 1) * p["niter"]):
-            layers = case.tensor(f"step{step}/tokens").unbind(1)
-            feature = pool_tokens(layers, layers[-1], Feature(p["n"]), 2)
-            total += probe.train_step([feature], case.tensor(f"step{step}/target"), p["B"], factor).item()
-        losses.append(total / p["niter"])
-    yield "lr_per_epoch", rates, case.arrays["lr_per_epoch"]
-    yield "mean_loss_per_epoch", losses, case.arrays["mean_loss_per_epoch"]
-    yield "weight", heads.weight[0], case.arrays["weight"]
-    yield "bias", heads.bias[0], case.arrays["bias"]
-
-
-def attention_threshold(case: Case) -> Iterator[tuple]:
-    attention = case.tensor("attention")
-    side = round(attention.shape[1] ** 0.5)
-    found = keep_mass(attention.view(-1, side, side), case.params["threshold"])
-    yield "mask", found.flatten(1), case.arrays["mask"]
-
-
-def checkpoint_eval_features(case: Case) -> Iterator[tuple]:
-    images, large = case.tensor("x"), case.tensor("x_large")
-    features = {
-        "knn_cls": lambda model: class_token(model, images),
-        "cls_plus": lambda model: model(images)[:, 1],
-        "knn_cls_large": lambda model: class_token(model, large),
-        "linear_n1": lambda model: Feature(1)(model, images),
-        "linear_n2": lambda model: Feature(2)(model, images),
-        "linear_avgpool_patches": lambda model: Feature(1, "interleaved")(model, images),
-    }
-    for name in case.extra_files:
-        for key in ("teacher", "student") if "backbone" not in name else ("teacher",):
-            model = model_of(case, name, key)
-            for label, feature in features.items():
-                yield f"{key}/{label} of {name}", feature(model), case.arrays[f"{key}/{label}"]
-            tokens = model.get_intermediate_layers(images, 1)[0]
-            literal = torch.stack((tokens[:, 0], tokens[:, 1:].mean(1)), dim=2).flatten(1)
-            yield f"{key}/linear_avgpool_literal of {name}", literal, case.arrays[f"{key}/linear_avgpool_literal"]
-        if "backbone" in name:
-            continue
-        model = model_of(case, name, "teacher")
-        attention = model.get_last_selfattention(large[: len(case.arrays["attn_cls"])], queries=2)[:, :, :, 2:]
-        yield f"attn_cls of {name}", attention[:, :, 0], case.arrays["attn_cls"]
-        yield f"attn_cls_plus of {name}", attention[:, :, 1], case.arrays["attn_cls_plus"]
-        state, info = read_backbone(case.folder / name, "teacher")
-        single = select_class_tokens(state, 1)
-        yield f"finetune_cls_token of {name}", single["cls_token"], case.arrays["finetune_cls_token"]
-        yield f"finetune_pos_embed of {name}", single["pos_embed"], case.arrays["finetune_pos_embed"]
-        model = small_vit(case, 1)
-        load_tensors(model, single, info)
-        yield f"one_cls_knn of {name}", class_token(model, images), case.arrays["one_cls_knn"]
-        yield f"one_cls_linear_n2 of {name}", Feature(2)(model, images), case.arrays["one_cls_linear_n2"]
-
-
-def small_vit(case: Case, class_tokens: int) -> VisionTransformer:
-    sizes = {name: case.params[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
-    return VisionTransformer(**sizes, num_class_tokens=class_tokens).to(case.dtype).eval()
-
-
-def model_of(case: Case, file: str, key: str) -> VisionTransformer:
-    vit = small_vit(case, 2)
-    load_tensors(vit, *read_backbone(case.folder / file, key))
-    return vit
-
-
 RUNNERS = {
     "udi/schedules": schedules,
-    "udi/head": head,
-    "udi/backbone_two_class_tokens": backbone_two_class_tokens,
     "udi/center_two_ranks": on_ranks(centre_on_rank),
-    "udi/knn": weighted_knn,
-    "udi/linear_probe": linear_probe,
-    "udi/attention_threshold": attention_threshold,
-    "udi/checkpoint_eval_features": checkpoint_eval_features,
-    "udi/srs_module": srs_module,
     "udi/multicrop_forward": multicrop_forward,
     "udi/loss_*": udi_loss,
     "udi/trajectory_*": trajectory,

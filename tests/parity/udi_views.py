@@ -3,7 +3,7 @@
 The cases hold dense maps, (points, tokens): one-hot rows for the source, bilinear weights for the target.
 """
 
-import json
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,9 +20,6 @@ from data.correspondence import (
 )
 from data.udi_views import UDIViews
 from tests.parity import Case
-
-SAMPLES = 3000
-DEVIATIONS = 4.0  # standard errors, as the note on the case's tolerance says
 
 
 def _side(tokens: int) -> int:
@@ -118,7 +115,8 @@ def reference_boxes(case: Case) -> Iterator[tuple]:
 
 def statistics(case: Case) -> Iterator[tuple]:
     """Means over many images within the standard errors of both; the crops of one image count as one observation."""
-    params = case.params
+    params, samples = case.params, case.params["images"]
+    deviations = float(re.search(r"within ([\d.]+) ?\* ?sqrt", case.entry["tolerance"])[1])  # standard errors
     views = UDIViews(
         params["global_crops_scale"],
         params["local_crops_scale"],
@@ -132,7 +130,7 @@ def statistics(case: Case) -> Iterator[tuple]:
     flip = params["horizontal_flip"]
     width, height = params["image_wh"]
     crops, coordinates, valid, local_valid = [], [], [], []
-    for index in range(SAMPLES):
+    for index in range(samples):
         drawn, places = views.draw((0, 0, index), height, width)
         between, local = views.maps((0, 0, index), places)
         crops.append(drawn)
@@ -140,11 +138,10 @@ def statistics(case: Case) -> Iterator[tuple]:
         valid.append(between.valid)
         local_valid.append(local.valid)
     observed = observations(np.array(coordinates), np.array(valid), np.array(local_valid), crops)
-    file = json.loads((case.folder / case.files[0]).read_text())
-    for name, expected in file["statistics"].items():
+    for name, expected in case.arrays["statistics"].items():
         values = np.asarray(observed[name], np.float64)
-        error = np.hypot(expected["stderr"], values.std() / SAMPLES**0.5)
-        yield f"json, mean of {name}", values.mean(), expected["mean"], (0.0, DEVIATIONS * error)
+        error = np.hypot(expected["stderr"], values.std() / samples**0.5)
+        yield f"json, mean of {name}", values.mean(), expected["mean"], (0.0, deviations * error)
     applied = {
         "color_jitter": lambda crop: bool(crop.jitter),
         "grayscale": lambda crop: crop.grayscale,
@@ -152,10 +149,10 @@ def statistics(case: Case) -> Iterator[tuple]:
         "solarize": lambda crop: crop.solarize,
         "horizontal_flip": lambda crop: crop.flip,
     }
-    probabilities = file["photometric_probabilities"] | {"horizontal_flip": flip}
+    probabilities = case.arrays["photometric_probabilities"] | {"horizontal_flip": flip}
     probabilities.pop("note", None)
     for name, p in probabilities.items():
-        tolerance = 0.0, DEVIATIONS * (p * (1 - p) / SAMPLES) ** 0.5
+        tolerance = 0.0, deviations * (p * (1 - p) / samples) ** 0.5
         share = np.mean([[applied[name](crop) for crop in drawn] for drawn in crops], axis=0)
         yield f"json, share of {name}, by crop", share, np.full(share.shape, p), tolerance
 
