@@ -227,7 +227,13 @@ def test_batches_are_those_that_the_manifest_says():
 def test_a_linear_probe_on_three_batches_of_a_checkpoint(tmp_path):
     case = golden("attmask", "linear_probe")
     p = case.params
-    p |= {"batch_size": 5, "epochs": 2, "lr_arg": 2.0, "effective_lr": 2.0 * 5 / 256, "n_last_blocks": 2}
+    p |= {
+        "batch_size": 5,
+        "epochs": 2,
+        "lr_arg": 2.0,
+        "effective_lr": 2.0 * 5 / 256,
+        "n_last_blocks": 9,
+    }  # of the 4 that there are
     p["train_batches"] = "images[0:bs], images[bs:2bs], images[2bs:3bs] in that order each epoch"
     p["val"] = "images[3bs:] as one batch"
     arrays = case.arrays
@@ -238,7 +244,7 @@ def test_a_linear_probe_on_three_batches_of_a_checkpoint(tmp_path):
     vit.load_state_dict({n.removeprefix("backbone."): t for n, t in state.items() if n.startswith("backbone.")})
     with torch.no_grad():
         images = torch.from_numpy(arrays["images"]).double()
-        features = torch.cat([tokens[:, 0] for tokens in vit.get_intermediate_layers(images, 2)], dim=1)
+        features = torch.cat([tokens[:, 0] for tokens in vit.get_intermediate_layers(images, 4)], dim=1)
     labels = torch.from_numpy(arrays["labels"])
     weight, bias, lr = random(7, features.shape[1]), random(7), p["effective_lr"]
     batches, truth = [(features[i : i + 5], labels[i : i + 5]) for i in (0, 5, 10)], labels[15:]
@@ -265,6 +271,25 @@ def test_a_linear_probe_on_three_batches_of_a_checkpoint(tmp_path):
     result = judge(twin, find_runner(twin))
     assert result.status == "ok", result.problems
     assert unnoticed(twin) == ["checkpoint_teacher_linear.pth"]
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "all_blocks", "more"),
+    [
+        ("dino", "checkpoint_and_features", "out/teacher_linear_n2", "out/teacher_linear_n7"),
+        ("udi", "checkpoint_eval_features", "student/linear_n2", "student/linear_n5"),
+        ("esvit", "checkpoint_features", "teacher_nlast5_48", "teacher_nlast8_48"),
+    ],
+)
+def test_more_last_blocks_than_there_are_are_all(method, name, all_blocks, more):
+    case = golden(method, name)
+    outputs = case.entry["outputs"]
+    if isinstance(outputs, dict):
+        outputs[more] = outputs[all_blocks]
+    else:
+        outputs.append({"key": more})
+    case.arrays[more] = case.arrays[all_blocks]
+    agrees(case)
 
 
 def test_agreement_does_not_ask_for_the_names_of_clusters():
