@@ -158,6 +158,14 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, half) if half else contextlib.nullcontext()
 
 
+def to_device(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor that was made on the host, on ``device``; to a GPU it goes through pinned memory, and nobody waits."""
+    tensor = tensor.to(dtype or tensor.dtype)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether bf16 products are computed by the hardware, not emulated."""
     if device.type == "cuda":

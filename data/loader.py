@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.datasets import BadImage, Source
 from data.preprocess import MEAN, STD
 from randomness import Permutation, counted_uniforms
-from utils import UsageError, World, log, usable_cpus
+from utils import UsageError, World, log, to_device, usable_cpus
 
 MAX_ATTEMPTS = 100
 _REPLACEMENT = 0x5EED  # keeps these draws apart from those of the crops
@@ -304,7 +304,7 @@ _CONSTANTS: dict = {}
 
 def _constants(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if (device, dtype) not in _CONSTANTS:
-        columns = [torch.tensor(value, dtype=dtype, device=device) for value in (255.0, MEAN, STD)]
+        columns = [to_device(torch.tensor(value, dtype=dtype), device) for value in (255.0, MEAN, STD)]
         _CONSTANTS[device, dtype] = columns[0], columns[1].view(3, 1, 1), columns[2].view(3, 1, 1)
     return _CONSTANTS[device, dtype]
 

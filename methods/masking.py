@@ -18,7 +18,7 @@ from PIL import Image
 
 from data.loader import stack
 from randomness import counted_seed
-from utils import UsageError
+from utils import UsageError, to_device
 
 SHAPES = ("block", "rand")
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
@@ -187,7 +187,7 @@ def attention_mask(
     """
     order = attention.argsort(dim=1, descending=not lowest, stable=True)  # the patch of every rank
     device, tokens = attention.device, attention.shape[1]
-    by_rank = torch.from_numpy(hidden).to(device, non_blocking=True)
+    by_rank = to_device(torch.from_numpy(hidden), device)
     masks = torch.zeros_like(by_rank).scatter_(1, order, by_rank)
-    rows, ranks = (torch.from_numpy(part).to(device, non_blocking=True) for part in np.nonzero(hidden))
+    rows, ranks = (to_device(torch.from_numpy(part), device) for part in np.nonzero(hidden))
     return masks, rows * tokens + order[rows, ranks]

@@ -13,6 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from utils import to_device
+
 Groups = Sequence[tuple[int, int]]  # one (samples, tokens per sample) for every image size, in packing order
 
 
@@ -41,6 +43,21 @@ class Selection(NamedTuple):
     scale: float  # 1 / keep probability
 
 
+def kept_samples(
+    blocks: Sequence[nn.Module], draws: np.ndarray | None, device: torch.device, skip: bool
+) -> np.ndarray | torch.Tensor | None:
+    """Which samples the two branches of every block keep, (depth, 2, samples) bool; None where none are dropped.
+
+    ``draws``: uniform numbers of the same shape. With ``skip`` the answer stays on the host, where rows are chosen by
+    it; else it goes to the device, that of all blocks in one copy.
+    """
+    rates = np.array([block.drop_path for block in blocks])
+    if draws is None or not rates.any():
+        return None
+    kept = draws >= rates[:, None, None]
+    return kept if skip else to_device(torch.from_numpy(kept), device)
+
+
 def select_samples(kept: np.ndarray, groups: Groups, out_groups: Groups, rate: float, device) -> Selection:
     """``kept`` (samples,) bool over all groups -> the rows of those samples on both sides of a branch."""
     per_group = np.split(kept, np.cumsum([samples for samples, _ in groups])[:-1])
@@ -50,18 +67,18 @@ def select_samples(kept: np.ndarray, groups: Groups, out_groups: Groups, rate: f
         for group_kept, (samples, tokens) in zip(per_group, layout, strict=True):
             parts.append((first_row + np.flatnonzero(group_kept)[:, None] * tokens + np.arange(tokens)).ravel())
             first_row += samples * tokens
-        return torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
+        return to_device(torch.from_numpy(np.concatenate(parts)), device)
 
     counts = [(int(group_kept.sum()), tokens) for group_kept, (_, tokens) in zip(per_group, groups, strict=True)]
     rows = rows_of(groups)
     return Selection(rows, counts, rows if out_groups == groups else rows_of(out_groups), 1 / (1 - rate))
 
 
-def scale_samples(kept: np.ndarray, out_groups: Groups, rate: float, like: torch.Tensor) -> torch.Tensor:
+def scale_samples(kept: torch.Tensor, out_groups: Groups, rate: float, dtype: torch.dtype) -> torch.Tensor:
     """``kept`` (samples,) bool -> (output rows, 1): 0 for rows of dropped samples, else 1 / keep probability."""
-    tokens = np.concatenate([np.full(samples, count) for samples, count in out_groups])
-    scale = np.repeat(kept / (1 - rate), tokens)[:, None]
-    return torch.from_numpy(scale).to(like.device, like.dtype, non_blocking=True)
+    scales = (kept.to(dtype) * (1 / (1 - rate))).split([samples for samples, _ in out_groups])
+    rows = [scale[:, None].expand(-1, tokens).flatten() for scale, (_, tokens) in zip(scales, out_groups, strict=True)]
+    return torch.cat(rows)[:, None]
 
 
 class Reads(NamedTuple):
@@ -214,16 +231,17 @@ class Block(nn.Module):
         x = x + (y if self.gamma_1 is None else self.gamma_1 * y)
         return x + self._mlp_branch(x), weights
 
-    def drops(self, draws: np.ndarray, x: torch.Tensor, groups: Groups, reads: Reads | None, skip: bool) -> tuple:
-        """``draws`` (2, samples) uniform numbers -> what ``forward`` takes for its two branches."""
+    def drops(
+        self, kept: np.ndarray | torch.Tensor, x: torch.Tensor, groups: Groups, reads: Reads | None
+    ) -> tuple[Selection | torch.Tensor, Selection | torch.Tensor]:
+        """Of ``kept_samples`` those of this block, (2, samples) -> what ``forward`` takes for its two branches."""
         out_groups = groups if reads is None else reads.groups(groups)
-        attn_kept, mlp_kept = draws >= self.drop_path
-        if skip and (reads is None or reads.rows is None):
+        if isinstance(kept, np.ndarray) and (reads is None or reads.rows is None):
             return (
-                select_samples(attn_kept, groups, out_groups, self.drop_path, x.device),
-                select_samples(mlp_kept, out_groups, out_groups, self.drop_path, x.device),
+                select_samples(kept[0], groups, out_groups, self.drop_path, x.device),
+                select_samples(kept[1], out_groups, out_groups, self.drop_path, x.device),
             )
-        scales = [scale_samples(kept, out_groups, self.drop_path, x) for kept in (attn_kept, mlp_kept)]
+        scales = [scale_samples(part, out_groups, self.drop_path, x.dtype) for part in torch.as_tensor(kept)]
         return tuple(scales if reads is None or reads.rows is None else (scale[reads.rows] for scale in scales))
 
     def _attn_branch(self, rows, groups, reads):

@@ -19,8 +19,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.blocks import Mlp, Selection, attend, attention_weights, scale_samples, select_samples
+from models.blocks import Mlp, Selection, attend, attention_weights, kept_samples, scale_samples, select_samples
 from models.vit import group_by_size
+from utils import to_device
 
 PATCH_SIZE = 4  # of every published Swin
 MASK_UNIT = 32  # pixels of a token of its fourth stage
@@ -141,16 +142,17 @@ class SwinBlock(nn.Module):
         x = self._add(x, attn_drop, lambda rows: self.attn(self.norm1(rows), mask))
         return self._add(x, mlp_drop, lambda rows: self.mlp(self.norm2(rows)))
 
-    def drops(self, draws: np.ndarray, x: torch.Tensor, skip: bool) -> tuple:
-        """``draws`` (2, batch) uniform numbers -> what ``forward`` takes for its two branches."""
+    def drops(self, kept: np.ndarray | torch.Tensor, x: torch.Tensor) -> tuple:
+        """Of ``kept_samples`` those of this block, (2, batch) -> what ``forward`` takes for its two branches."""
         samples = [(x.shape[0], 1)]
 
-        def drop(kept: np.ndarray) -> Selection | torch.Tensor:
-            if skip and kept.any():  # attention on no samples at all would leave its bias without a gradient
-                return select_samples(kept, samples, samples, self.drop_path, x.device)
-            return scale_samples(kept, samples, self.drop_path, x)[..., None, None]
+        def drop(part: np.ndarray | torch.Tensor) -> Selection | torch.Tensor:
+            # attention on no samples at all would leave its bias without a gradient
+            if isinstance(part, np.ndarray) and part.any():
+                return select_samples(part, samples, samples, self.drop_path, x.device)
+            return scale_samples(torch.as_tensor(part), samples, self.drop_path, x.dtype)[..., None, None]
 
-        return tuple(drop(kept) for kept in draws >= self.drop_path)
+        return tuple(map(drop, kept))
 
     @staticmethod
     def _add(x, drop, branch):
@@ -262,18 +264,19 @@ class SwinTransformer(nn.Module):
             return None
         key = (side + -side % attn.window, attn.window, attn.shift, like.device, like.dtype)
         if key not in self._shift_masks:
-            self._shift_masks[key] = shift_mask(*key[:3]).to(like)
+            self._shift_masks[key] = to_device(shift_mask(*key[:3]), like.device, like.dtype)
         return self._shift_masks[key]
 
     def _run_blocks(self, x: torch.Tensor, draws: np.ndarray | None = None) -> Iterator[tuple[torch.Tensor, ...]]:
         """Input, shift mask and output of every block in turn, the maps (batch, side, side, dim)."""
         skip = self.skip_dropped and x.device.type == "cpu"  # on a GPU gathering samples costs what it saves
+        kept = kept_samples(self.blocks, draws, x.device, skip)
         index = 0
         for layer in self.layers:
             for block in layer.blocks:
                 shown, mask, drops = x, self._shift_mask(block, x.shape[1]), (None, None)
-                if draws is not None and block.drop_path > 0:
-                    drops = block.drops(draws[index], x, skip)
+                if kept is not None and block.drop_path > 0:
+                    drops = block.drops(kept[index], x)
                 if self.grad_checkpointing and torch.is_grad_enabled():
                     x = checkpoint(block, x, mask, *drops, use_reentrant=False)
                 else:

@@ -16,7 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.blocks import Block, Groups, Reads
+from models.blocks import Block, Groups, Reads, kept_samples
+from utils import to_device
 
 
 class PatchEmbed(nn.Module):
@@ -140,7 +141,8 @@ class VisionTransformer(nn.Module):
             resized = F.interpolate(units, scale_factor=factor, mode="bicubic", recompute_scale_factor=False)
             if resized.shape[-2:] != size:
                 raise ValueError(f"positions for {size} patches became {tuple(resized.shape[-2:])}")
-            self._resampling[key] = resized.flatten(2)[0].t().contiguous().to(self.pos_embed)
+            matrix = resized.flatten(2)[0].t().contiguous()
+            self._resampling[key] = to_device(matrix, self.pos_embed.device, self.pos_embed.dtype)
         return self._resampling[key]
 
     def prepare_tokens(self, images: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
@@ -166,11 +168,12 @@ class VisionTransformer(nn.Module):
     def _run_blocks(self, x, groups, draws=None, reads=None):
         """Packed rows through every block; with ``reads`` the last block returns only those rows."""
         skip = self.skip_dropped and x.device.type == "cpu"  # on a GPU gathering rows costs what it saves
+        kept = kept_samples(self.blocks, draws, x.device, skip)
         for index, block in enumerate(self.blocks):
             last = reads if block is self.blocks[-1] else None
             drops = (None, None)
-            if draws is not None and block.drop_path > 0:
-                drops = block.drops(draws[index], x, groups, last, skip)
+            if kept is not None and block.drop_path > 0:
+                drops = block.drops(kept[index], x, groups, last)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, groups, last, *drops, use_reentrant=False)
             else:

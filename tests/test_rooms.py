@@ -10,9 +10,10 @@ BENEATH = {"utils", "errors", "lock", "processes", "randomness"}
 ROOMS = {  # what the files of a room may import of ours, beside their own room
     "data": BENEATH,
     "models": BENEATH,
+    "simulation": BENEATH,
     "methods": {"models", "data"} | BENEATH,
     "evaluation": {"models", "data"} | BENEATH,
-    "training": {"methods", "evaluation", "models", "data", "visualize_attention"} | BENEATH,
+    "training": {"methods", "evaluation", "models", "data", "simulation", "visualize_attention"} | BENEATH,
     "eval_knn": {"evaluation", "models", "data"} | BENEATH,
     "eval_linear": {"evaluation", "models", "data"} | BENEATH,
     "eval_finetuning": {"evaluation", "models", "data"} | BENEATH,

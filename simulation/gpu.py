@@ -1,0 +1,209 @@
+"""A GPU that does not exist: tensors with shapes, types, devices and bytes, but without values.
+
+Torch's FakeTensorMode computes what every operation would return but for the numbers; here it is made to do so for a
+CUDA device on a machine without a driver. A host that asks for a value of such a tensor gets an error, two devices in
+one operation too. Everything that depends on names inside torch is in this file; it works with torch 2.6 and later.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from simulation.backward import SavedTensors, backward_in_python
+from simulation.watch import IdSet, Watch, on_device
+
+aten = torch.ops.aten
+DEVICE = torch.device("cuda", 0)
+
+
+@dataclass
+class GPU:
+    """What there is while ``fake_gpu`` lasts."""
+
+    watch: Watch
+    saved: SavedTensors
+
+    def pin(self, value: object) -> None:
+        """Tensors of the host, wherever in ``value``, as if a loader had pinned them."""
+        for tensor in tree_leaves(value):
+            if isinstance(tensor, torch.Tensor):
+                self.watch.pinned.add(tensor)
+
+    @staticmethod
+    def build(make: Callable[[], nn.Module], dtype: torch.dtype, place: Callable = lambda module: None) -> nn.Module:
+        """What ``make`` makes of numbers on the host, as a module without numbers on the device."""
+        with unset_fake_temporarily():
+            real = make()
+        fake = onto_device(real, dtype)
+        place(fake)
+        return fake
+
+
+@contextlib.contextmanager
+def fake_gpu(devices: int = 1, bf16: bool = True) -> Iterator[GPU]:
+    """Within, ``cuda`` is a device that computes nothing, and everything asked of it is seen by ``GPU.watch``."""
+    pinned = IdSet()
+    watch = Watch(pinned)
+    with contextlib.ExitStack() as stack:
+        for name, stand_in in _stand_ins(watch, devices, bf16).items():
+            stack.enter_context(mock.patch(name, stand_in))
+        stack.enter_context(_Answers(pinned))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_WithoutFakes())
+        stack.enter_context(watch)
+        saved = stack.enter_context(backward_in_python(lambda gradient: watch.book(gradient, "gradients")))
+        yield GPU(watch, saved)
+
+
+def onto_device(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of ``module`` with fakes on the device instead of its tensors, wherever they are referred to."""
+    tensors = {id(p): nn.Parameter(_fake(p, dtype), p.requires_grad) for p in module.parameters()}
+    tensors |= {id(b): _fake(b, dtype) for b in module.buffers()}
+    return copy.deepcopy(module, tensors)
+
+
+def _fake(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    kind = dtype if tensor.is_floating_point() else tensor.dtype
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=DEVICE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names inside torch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _stand_ins(watch: Watch, devices: int, bf16: bool) -> dict[str, object]:
+    """What asks the driver, and what answers instead."""
+    return {
+        "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,  # a GradScaler asks
+        "torch.cuda.is_bf16_supported": lambda including_emulation=True: bf16,
+        "torch.cuda.device_count": lambda: devices,
+        "torch.cuda.set_device": lambda device: None,
+        "torch.cuda.max_memory_allocated": lambda device=None: 0,
+        "torch.cuda.Event": _event(watch),
+        "torch.cuda.Stream": _Stream,
+        "torch.cuda.current_stream": lambda device=None: _Stream(),
+        "torch.cuda.stream": lambda stream: stream,
+        "torch.Tensor.record_stream": lambda tensor, stream: None,
+        "torch.nn.functional.scaled_dot_product_attention": _attention,
+        "torch._subclasses.fake_tensor.FakeTensor.tolist": _tolist(watch),
+    }
+
+
+def _tolist(watch: Watch) -> Callable:
+    """What arrived in pinned memory may be read: the host sees zeros, to its verdicts as good as "all is well"."""
+    otherwise = FakeTensor.tolist
+
+    def tolist(tensor: torch.Tensor) -> list:
+        return np.zeros(tensor.shape).tolist() if tensor in watch.pinned else otherwise(tensor)
+
+    return tolist
+
+
+class _Stream:
+    def __init__(self, *_: object, **__: object):
+        pass
+
+    def wait_stream(self, other: "_Stream") -> None:
+        pass
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _event(watch: Watch) -> type:
+    class Event:
+        """Waiting for it costs nothing once the device has gone on to another step: to another Record, that is."""
+
+        def __init__(self, *_: object, **__: object):
+            self.recorded = None
+
+        def record(self, stream: object = None) -> None:
+            self.recorded = watch.record
+
+        def synchronize(self) -> None:
+            if self.recorded is None:
+                raise RuntimeError("an event is waited for that was never recorded")
+            if self.recorded is watch.record:
+                watch.wait("an event of this step")
+
+    return Event
+
+
+class _Answers(TorchFunctionMode):
+    """Pinned memory needs a driver; here it is remembered which tensors would lie in it."""
+
+    def __init__(self, pinned: IdSet):
+        super().__init__()
+        self.pinned = pinned
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        pin = kwargs.pop("pin_memory", False)
+        if func == torch.Tensor.is_cuda.__get__:  # fakes say no, whatever their device
+            return on_device(args[0])
+        if func is torch.Tensor.pin_memory:
+            out, pin = args[0].clone(), True
+        else:
+            out = func(*args, **kwargs)
+        if pin and isinstance(out, torch.Tensor):
+            self.pinned.add(out)
+        return out
+
+
+_sdpa = torch.nn.functional.scaled_dot_product_attention
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None):
+    """The kernel that a GPU would choose; torch chooses by the driver it finds, and finds none."""
+    if not on_device(q) or q.dtype == torch.float64:
+        return _sdpa(q, k, v, attn_mask=attn_mask)
+    if torch.is_autocast_enabled("cuda"):
+        q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+    bias = attn_mask
+    if not q.dtype == k.dtype == v.dtype or (bias is not None and bias.dtype != q.dtype):
+        raise RuntimeError(f"attention of {q.dtype}, {k.dtype}, {v.dtype}, {None if bias is None else bias.dtype}")
+    if bias is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256:
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False)[0]
+    if bias is not None:  # the kernel wants rows whose length a multiple of 16 holds
+        size = bias.shape[-1]
+        padded = torch.nn.functional.pad(bias, (0, -size % 16))[..., :size]
+        bias = padded.expand(*q.shape[:3], k.shape[2])
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return aten._scaled_dot_product_efficient_attention(q, k, v, bias, backward)[0]
+
+
+class _WithoutFakes(TorchDispatchMode):
+    """What some kernels return that torch has no fakes of: fused SGD, and the parts of SyncBatchNorm."""
+
+    LIKE = (aten.batch_norm_elemt.default, aten.batch_norm_backward_elemt.default)
+    PER_CHANNEL = {  # noqa: RUF012
+        aten.batch_norm_stats.default: 2,
+        aten.batch_norm_gather_stats_with_counts.default: 2,
+        aten.batch_norm_backward_reduce.default: 4,
+    }
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is aten._fused_sgd_.default:
+            return None
+        if func in self.LIKE:
+            return torch.empty_like(args[0])
+        if func in self.PER_CHANNEL:
+            dtype = torch.float64 if args[0].dtype == torch.float64 else torch.float32
+            count = self.PER_CHANNEL[func]
+            return tuple(torch.empty(args[0].shape[1], dtype=dtype, device=DEVICE) for _ in range(count))
+        return func(*args, **kwargs)
