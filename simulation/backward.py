@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-GradientHook = Callable[[torch.Tensor], None]
+GradientHook = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (parameter, gradient) -> what it keeps
 
 
 class SavedTensors:
@@ -41,8 +41,8 @@ class SavedTensors:
 
 
 @contextlib.contextmanager
-def backward_in_python(on_gradient: GradientHook = lambda gradient: None) -> Iterator[SavedTensors]:
-    """``loss.backward()`` runs here. ``on_gradient`` is told of every tensor that becomes a parameter's gradient."""
+def backward_in_python(on_gradient: GradientHook = lambda _, gradient: gradient) -> Iterator[SavedTensors]:
+    """``loss.backward()`` runs here. ``on_gradient`` sees what becomes a parameter's gradient, and may replace it."""
     saved = SavedTensors()
 
     def backward(tensors, grad_tensors=None, *_, **__) -> None:
@@ -103,8 +103,10 @@ class _Pass:
     def _accumulate(self, node, arrived: dict) -> None:
         if 0 in arrived:
             variable, gradient = node.variable, arrived.pop(0)
-            self.on_gradient(gradient)
-            variable.grad = gradient if variable.grad is None else variable.grad.add_(gradient)
+            if variable.grad is None:
+                variable.grad = self.on_gradient(variable, gradient)
+            else:
+                variable.grad.add_(gradient)
 
     def _hand_on(self, node, arrived: dict) -> None:
         outputs = [None] * len(node.next_functions)

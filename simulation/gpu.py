@@ -8,11 +8,12 @@ one operation too. Everything that depends on names inside torch is in this file
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
@@ -31,7 +32,20 @@ class GPU:
     """What there is while ``fake_gpu`` lasts."""
 
     watch: Watch
-    saved: SavedTensors
+    saved: SavedTensors | None = None
+    buckets: dict[int, torch.Tensor] = field(default_factory=dict)  # id of a parameter -> where its gradient lies
+
+    def keep_gradients_in_buckets(self, module: nn.Module) -> int:
+        """As DistributedDataParallel keeps them: made once, exchanged in place. Returns their bytes."""
+        with self.watch.holding("gradients"):
+            self.buckets = {id(p): torch.empty_like(p) for p in module.parameters() if p.requires_grad}
+        return sum(bucket.numel() * bucket.element_size() for bucket in self.buckets.values())
+
+    def keep_gradient(self, parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        if id(parameter) in self.buckets:
+            return self.buckets[id(parameter)].detach().copy_(gradient)
+        self.watch.book(gradient, "gradients")
+        return gradient
 
     def pin(self, value: object) -> None:
         """Tensors of the host, wherever in ``value``, as if a loader had pinned them."""
@@ -61,8 +75,9 @@ def fake_gpu(devices: int = 1, bf16: bool = True) -> Iterator[GPU]:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_WithoutFakes())
         stack.enter_context(watch)
-        saved = stack.enter_context(backward_in_python(lambda gradient: watch.book(gradient, "gradients")))
-        yield GPU(watch, saved)
+        gpu = GPU(watch)
+        gpu.saved = stack.enter_context(backward_in_python(gpu.keep_gradient))
+        yield gpu
 
 
 def onto_device(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -207,3 +222,18 @@ class _WithoutFakes(TorchDispatchMode):
             count = self.PER_CHANNEL[func]
             return tuple(torch.empty(args[0].shape[1], dtype=dtype, device=DEVICE) for _ in range(count))
         return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def fake_world(size: int) -> Iterator[None]:
+    """A group of ``size`` processes of which this is the first, and in which nothing is ever sent."""
+    if size == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 aten = torch.ops.aten
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = ("simulation/", "tests/", ".venv/")  # what looks on is not what asked
+ACTIVATIONS, LOSS = "activations", "heads and loss"
 GRANULARITY = 512  # bytes: what the caching allocator rounds up to
 
 # their results' sizes or values are known to the device alone, and the host asks for them
@@ -60,14 +61,15 @@ class Record:
 class Watch(TorchDispatchMode):
     """A dispatch mode that notes everything in ``record``; put another Record there to begin anew.
 
-    Living bytes are booked by what holds them. A storage belongs to ``holder`` when it is made, and to another one
-    where ``book`` says so. ``pinned``: what is known to lie in pinned memory of the host.
+    Living bytes are booked by what holds them: ``holder`` at the time a storage is made (ACTIVATIONS if nobody said
+    otherwise, or LOSS where a method asked for it), another one where ``book`` says so. ``pinned``: what is known to
+    lie in pinned memory of the host.
     """
 
     def __init__(self, pinned: "IdSet"):
         super().__init__()
         self.record, self.pinned = Record(), pinned
-        self.holder = "activations"
+        self.holder = ACTIVATIONS
         self.living: Counter = Counter()
         self._storages = WeakIdKeyDictionary(ref_type=weakref.ref)  # storage -> [holder, bytes]
 
@@ -98,7 +100,8 @@ class Watch(TorchDispatchMode):
         storage = tensor.untyped_storage()
         entry = self._storages.get(storage)
         if entry is None:
-            entry = [self.holder, -(-storage.nbytes() // GRANULARITY) * GRANULARITY]
+            in_method = self.holder == ACTIVATIONS and where_from().startswith("methods/")
+            entry = [LOSS if in_method else self.holder, -(-storage.nbytes() // GRANULARITY) * GRANULARITY]
             self._storages[storage] = entry
             self.living[self.holder] += entry[1]
             weakref.finalize(storage, self._gone, entry)
