@@ -1,0 +1,210 @@
+"""What a run will need of a GPU, from two of its steps on one that does not exist (simulation/)."""
+
+import argparse
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.loader import TrainLoader, to_device_ahead
+from data.source import Source
+from methods import method_class
+from simulation.gpu import DEVICE, GPU, fake_gpu, fake_world
+from simulation.watch import Record
+from utils import World, batch_dtype, log
+
+DRAWN = 4  # images whose views are really made; the batch repeats their shapes
+GB = 2**30
+RESERVED = 1.0  # GB of a card that are not for tensors: CUDA's context, libraries' workspaces, gaps between blocks
+MEMORIES = (16, 24, 40, 80)  # GB
+
+
+class Card(NamedTuple):
+    """Peak rates in 10^12 operations per second, dense, from the makers' data sheets; 0 where there is no such unit."""
+
+    name: str
+    bf16: float
+    fp16: float
+    fp32: float
+
+
+CARDS = (
+    Card("A100", 312, 312, 19.5),
+    Card("H100 SXM", 989, 989, 67),
+    Card("V100", 0, 125, 15.7),
+    Card("RTX 4090", 165, 165, 82.6),
+    Card("L4", 121, 121, 30.3),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one process and one step, in which everything is in place: optimiser state, prototypes that are trained."""
+
+    images: int  # of this process
+    peak: int  # bytes
+    parts: Counter  # what holds them at the peak
+    where: str  # the line that asked for the last of them
+    flops: float
+    sent: int  # bytes handed to collectives
+    processes: int
+
+
+class Noise(Source):
+    """Pictures of the usual size in which nothing is to be seen."""
+
+    class_names: list[str] = []  # noqa: RUF012
+    name, fingerprint = "noise", "noise"
+
+    def __init__(self, images: int):
+        self.labels = np.full(images, -1)
+
+    def image_name(self, index: int) -> str:
+        return f"noise/{index}"
+
+    def array(self, index: int) -> np.ndarray:
+        return np.random.default_rng(index % DRAWN).integers(0, 256, (375, 500, 3), np.uint8)
+
+    def pil(self, index: int) -> Image.Image:
+        return Image.fromarray(self.array(index))
+
+
+def simulate(args: argparse.Namespace, devices: int, assemble: Callable, train_one_epoch: Callable) -> Plan:
+    """The second of two steps of ``args`` (precision resolved for a GPU) as one of ``devices`` processes takes it.
+
+    ``assemble(args, world, source, method, model)`` and ``train_one_epoch(run, epoch, pieces)``: main_pretrain.py's.
+    """
+    images, world = args.batch_size_per_gpu, World(0, devices, 0, DEVICE)
+    source = Noise(2 * images * devices)  # two steps per epoch
+    with fake_gpu(devices) as gpu, fake_world(devices):
+        with gpu.watch.holding("weights"):
+            dtype = batch_dtype(args.precision)
+            method = gpu.build(lambda: method_class(args.method).build(args), dtype)
+            run = assemble(args, world, source, method, method)
+        sent = gpu.keep_gradients_in_buckets(method) if devices > 1 else 0
+        run.monitor.world = dataclasses.replace(world, rank=1)  # which writes nothing
+        book_moments(gpu, run.optimizer)
+        pieces = to_device_ahead(pieces_of_shapes(args, gpu), DEVICE, dtype)
+        train_one_epoch(run, args.epochs - 1, begin_second_step(pieces, args.accum_iter, gpu))
+        record = gpu.watch.record
+    sent += sum(record.collectives.values())
+    return Plan(images, record.peak, record.peak_parts, record.peak_where, record.flops, sent, devices)
+
+
+def begin_second_step(pieces: Iterator[dict], per_step: int, gpu: GPU) -> Iterator[dict]:
+    """The same pieces; what is noted begins anew with those of the second step."""
+    for number, piece in enumerate(pieces):
+        if number == per_step:
+            gpu.watch.record = Record()
+        yield piece
+
+
+def book_moments(gpu: GPU, optimizer: torch.optim.Optimizer) -> None:
+    """What is made while the optimiser steps is its own."""
+    before = gpu.watch.holder
+
+    def begin(*_: object) -> None:
+        gpu.watch.holder = "optimiser"
+
+    def end(*_: object) -> None:
+        gpu.watch.holder = before
+
+    optimizer.register_step_pre_hook(begin)
+    optimizer.register_step_post_hook(end)
+
+
+def pieces_of_shapes(args: argparse.Namespace, gpu: GPU) -> Iterator[dict]:
+    """The pieces of two steps: those of a few images, whose tensors are made as long as those of the batch."""
+    images = args.batch_size_per_gpu // args.accum_iter
+    drawn, alone = min(images, DRAWN), World(0, 1, 0, torch.device("cpu"))
+    views = method_class(args.method).views(args)
+    loader = TrainLoader(Noise(drawn), views, batch_size=drawn, world=alone, seed=0, epochs=1, num_workers=0)
+    small = loader.piece(0, 0)
+    for number in range(2 * args.accum_iter):
+        piece = longer(small, images, drawn) | {"first_sample": number % args.accum_iter * images, "bad": []}
+        gpu.pin(piece)
+        yield piece
+
+
+def longer(value: object, images: int, drawn: int) -> object:
+    """Tensors whose first axis counts ``drawn`` images, or what these have, with an axis for ``images``."""
+    if isinstance(value, torch.Tensor) and value.ndim:
+        rows = len(value) * images // drawn
+        return value.new_empty((rows, *value.shape[1:]))
+    if isinstance(value, dict):
+        return {name: longer(part, images, drawn) for name, part in value.items()}
+    if isinstance(value, list):
+        return [longer(part, images, drawn) for part in value]
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said of it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe_plan(
+    args: argparse.Namespace, devices: int, images: int, assemble: Callable, train_one_epoch: Callable
+) -> None:
+    """Simulate the run, and a smaller batch of it, and say what it needs. ``images``: in the training data."""
+
+    def plan_of(batch: int) -> Plan:
+        asked = argparse.Namespace(**{**vars(args), "batch_size_per_gpu": batch})
+        return simulate(asked, devices, assemble, train_one_epoch)
+
+    batch = args.batch_size_per_gpu
+    fewer = max(1, batch // 2 // args.accum_iter) * args.accum_iter
+    plan, smaller = plan_of(batch), plan_of(fewer if fewer < batch else 2 * batch)
+    for line in lines_of(plan, smaller, args, images):
+        log.info("%s", line)
+
+
+def lines_of(plan: Plan, other: Plan, args: argparse.Namespace, images: int) -> list[str]:
+    pieces = f" in {args.accum_iter} pieces" if args.accum_iter > 1 else ""
+    parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in plan.parts.most_common() if size > 0.005 * GB)
+    fits = ", ".join(
+        f"{memory} GB: {largest_batch(plan, other, memory, args.accum_iter) or 'none'}" for memory in MEMORIES
+    )
+    return [
+        f"simulated on a GPU, {args.precision}, {plan.images} images per process{pieces}: memory at most "
+        f"{plan.peak / GB:.2f} GB of tensors ({parts}), in {plan.where}",
+        f"largest --batch_size_per_gpu, {RESERVED:g} GB left to the driver: {fits}",
+        f"{plan.flops / plan.images / 1e9:.1f} GFLOP per image; {least_time(plan, args.precision, images)}",
+        *traffic(plan),
+    ]
+
+
+def largest_batch(plan: Plan, other: Plan, memory: float, pieces: int) -> int:
+    """Images per process that fit; memory grows with the images of a piece. A multiple of ``pieces``."""
+    per_image = (plan.peak - other.peak) / (plan.images - other.images)
+    room = (memory - RESERVED) * GB - plan.peak
+    return max(0, int((plan.images + room / per_image) // pieces * pieces))
+
+
+def least_time(plan: Plan, precision: str, images: int) -> str:
+    """Products alone, at the rate no program reaches: a bound from below, and named so."""
+    times = []
+    for card in CARDS:
+        rate = getattr(card, precision, 0)
+        if rate:
+            seconds = plan.flops / plan.images * images / (rate * 1e12) / plan.processes
+            times.append(f"{card.name} {seconds / 60:.1f}")
+    if not times:
+        return f"no table of rates for {precision}"
+    on = f"{plan.processes} processes on " if plan.processes > 1 else ""
+    return f"at the very least (a bound, at peak rates) minutes per epoch of {images} images, {on}{', '.join(times)}"
+
+
+def traffic(plan: Plan) -> list[str]:
+    if plan.processes == 1:
+        return []
+    each = plan.images
+    return [
+        f"{plan.processes} processes: {each} images each, {each * plan.processes} per step; each hands "
+        f"{plan.sent / 2**20:.1f} MB to collectives in every step"
+    ]
