@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -241,23 +241,35 @@ def device_pieces(run: Run, epoch: int, step: int) -> Iterator[dict]:
     return iter(to_device_ahead(loader, run.world.device, batch_dtype(args.precision)))
 
 
-def build(args: argparse.Namespace, world: World) -> Run:
-    """Data, networks, optimiser, schedules. Raises UsageError for what only shows when they are built."""
-    source = open_training(args.data_path, args.subset, args.split).read_as(reading_from(args))
+def share(method: Method, world: World) -> torch.nn.Module:
+    """The method, or what exchanges its gradients where there are several processes."""
+    if world.size == 1:
+        return method
+    on_gpu = {"device_ids": [world.device.index]} if world.device.type == "cuda" else {}
+    return DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True, **on_gpu)
+
+
+def build(
+    args: argparse.Namespace,
+    world: World,
+    source: Source | None = None,
+    make: Callable[[Callable[[], Method]], Method] = lambda build_method: build_method(),
+    share: Callable[[Method, World], torch.nn.Module] = share,
+) -> Run:
+    """Data, networks, optimiser, schedules. Raises UsageError for what only shows when they are built.
+
+    The last three arguments are for a run that is only simulated: its images, where its method is made, and how its
+    gradients are exchanged.
+    """
+    source = source or open_training(args.data_path, args.subset, args.split).read_as(reading_from(args))
     global_batch = args.batch_size_per_gpu * world.size
     niter = steps_per_epoch(len(source), global_batch)
 
-    torch.manual_seed(args.seed)
-    method = method_class(args.method).build(args)
-    refuse_pieces_of_batch_norm(method, args)
+    method = make(lambda: build_method(args))
     method = method.place(world.device, batch_dtype(args.precision), half_dtype(args.precision))
     prepare_blocks(method, args)
-    method = synchronise_batch_norm(method, world.device)
-    model = method
-    if world.size > 1:
-        on_gpu = {"device_ids": [world.device.index]} if world.device.type == "cuda" else {}
-        model = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True, **on_gpu)
-
+    method = synchronise_batch_norm(method)
+    model = share(method, world)
     monitor = Monitor(Path(args.output_dir), args.epochs, niter, args.print_freq, global_batch, world)
     return Run(
         args=args,
@@ -275,6 +287,13 @@ def build(args: argparse.Namespace, world: World) -> Run:
         blackbox=BlackBox(args, len(source), world),
         pseudo_labels=PseudoLabels(source.labels, world),
     )
+
+
+def build_method(args: argparse.Namespace) -> Method:
+    torch.manual_seed(args.seed)
+    method = method_class(args.method).build(args)
+    refuse_pieces_of_batch_norm(method, args)
+    return method
 
 
 def refuse_pieces_of_batch_norm(method: Method, args: argparse.Namespace) -> None:

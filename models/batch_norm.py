@@ -1,25 +1,27 @@
-"""Batch norm over all processes: torch's on GPUs, our own where torch has none (processors, for tests)."""
+"""Batch norm over all processes, one form for every device: no process asks another one, or its device, for a number.
+
+torch's SyncBatchNorm waits for the GPU in every layer (it counts who had rows), and does not run on processors.
+"""
 
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils import all_reduce_sum, world_size
+from utils import all_gather_rows, all_reduce_sum, world_size
 
 
-def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+def synchronise_batch_norm(module: nn.Module) -> nn.Module:
     """Replace every batch norm below ``module`` by one that sees the batches of all processes; names stay.
 
     A norm that stands in several places stays one; torch's own conversion forgets all places but the first.
     """
-    if world_size() == 1 or not any(isinstance(child, _BatchNorm) for child in module.modules()):
+    if world_size() == 1:
         return module
-    convert = nn.SyncBatchNorm.convert_sync_batchnorm if device.type == "cuda" else AllReduceBatchNorm
     made: dict[nn.Module, nn.Module] = {}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, _BatchNorm):
-                made[child] = made.get(child) or convert(child)
+                made[child] = made.get(child) or BatchNormOverProcesses(child)
                 parent._modules[name] = made[child]
     return module
 
@@ -30,7 +32,7 @@ def batch_norm_of_the_batch(module: nn.Module) -> str | None:
     return next((name for name, child in norms if child.training or child.running_mean is None), None)
 
 
-class AllReduceBatchNorm(_BatchNorm):
+class BatchNormOverProcesses(_BatchNorm):
     """The batch norm it is made from (parameters and buffers are shared), with statistics of all processes."""
 
     def __init__(self, original: _BatchNorm):
@@ -42,31 +44,61 @@ class AllReduceBatchNorm(_BatchNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        count = all_reduce_sum(torch.tensor(float(x.numel() / x.shape[1]), dtype=torch.float64)).item()
-        mean = _SumOverProcesses.apply(x.sum(axes)) / count
-        centred = x - mean.view(shape)
-        var = _SumOverProcesses.apply(centred.square().sum(axes)) / count
+        y, mean, var, count = _Normalise.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
+                unbiased = var * (count / (count - 1).clamp(min=1.0))
                 self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-                self.running_var.lerp_((var * count / max(1.0, count - 1)).to(self.running_var), self.momentum)
-        y = centred * (var + self.eps).rsqrt().view(shape)
-        return y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y
+                self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+        return y
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
         pass
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """Sum over processes, whose gradient is the sum of the gradients of all processes."""
+class _Normalise(torch.autograd.Function):
+    """(rows, channels, ...) -> the same shape, and mean, variance (channels,) and number of rows of all processes.
+
+    y = n w + b with n = (x - mean) / sqrt(var + eps). Of g, the gradient of y, with means over all processes:
+    dx = w (g - mean(g) - n mean(g n)) / sqrt(var + eps). Kept for it is x alone. Computed in float32 or better.
+    """
 
     @staticmethod
-    def forward(ctx, x):
-        return all_reduce_sum(x.clone())
+    def forward(ctx, x, weight, bias, eps):
+        wide, axes, shape = _layout(x)
+        var, mean = torch.var_mean(wide, axes, correction=0)
+        rows = torch.full_like(mean[:1], x.numel() // x.shape[1])
+        seen = all_gather_rows(torch.cat((rows, mean, var))[None])
+        rows, means, variances = seen.split([1, len(mean), len(mean)], dim=1)
+        count = rows.sum()
+        there = rows > 0  # a process without rows has no mean
+        mean = torch.where(there, rows * means, 0.0).sum(dim=0) / count
+        var = torch.where(there, rows * (variances + (means - mean).square()), 0.0).sum(dim=0) / count
+        scale = (var + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, scale, count)
+        y = (wide - mean.view(shape)) * scale.view(shape)
+        if weight is not None:
+            y = torch.addcmul(bias.to(y.dtype).view(shape), y, weight.to(y.dtype).view(shape))
+        ctx.mark_non_differentiable(mean, var, count)
+        return y.to(x.dtype), mean, var, count
 
     @staticmethod
-    def backward(ctx, grad):
-        return all_reduce_sum(grad.clone())
+    def backward(ctx, gradient, *_):
+        x, weight, mean, scale, count = ctx.saved_tensors
+        wide, axes, shape = _layout(x)
+        g = gradient.to(wide.dtype)
+        normalised = (wide - mean.view(shape)) * scale.view(shape)
+        grad_bias, grad_weight = g.sum(axes), (g * normalised).sum(axes)
+        mean_g, mean_gn = (all_reduce_sum(torch.cat((grad_bias, grad_weight))) / count).chunk(2)
+        factor = scale if weight is None else scale * weight.to(scale.dtype)
+        grad_x = (g - mean_g.view(shape) - normalised * mean_gn.view(shape)) * factor.view(shape)
+        if weight is None:
+            return grad_x.to(x.dtype), None, None, None
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
+
+
+def _layout(x: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
+    """``x`` in float32 or better, the axes that are averaged, and the shape of what every channel has."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return wide, [axis for axis in range(x.ndim) if axis != 1], [1, -1] + [1] * (x.ndim - 2)

@@ -112,7 +112,20 @@ def _stand_ins(watch: Watch, devices: int, bf16: bool) -> dict[str, object]:
         "torch.Tensor.record_stream": lambda tensor, stream: None,
         "torch.nn.functional.scaled_dot_product_attention": _attention,
         "torch._subclasses.fake_tensor.FakeTensor.tolist": _tolist(watch),
+        "torch.nn.Module._apply": _apply,
     }
+
+
+def _apply(module: nn.Module, function: Callable, recurse: bool = True) -> nn.Module:
+    """``Module.to`` and its like; torch's swaps what it replaces, which fakes that are looked at do not allow."""
+    for child in module.children() if recurse else ():
+        child._apply(function)
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            made = None if tensor is None else function(tensor.detach())
+            if made is not None and (made.dtype, made.device) != (tensor.dtype, tensor.device):
+                tensors[name] = nn.Parameter(made, tensor.requires_grad) if tensors is module._parameters else made
+    return module
 
 
 def _tolist(watch: Watch) -> Callable:
@@ -202,26 +215,10 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: tor
 
 
 class _WithoutFakes(TorchDispatchMode):
-    """What some kernels return that torch has no fakes of: fused SGD, and the parts of SyncBatchNorm."""
-
-    LIKE = (aten.batch_norm_elemt.default, aten.batch_norm_backward_elemt.default)
-    PER_CHANNEL = {  # noqa: RUF012
-        aten.batch_norm_stats.default: 2,
-        aten.batch_norm_gather_stats_with_counts.default: 2,
-        aten.batch_norm_backward_reduce.default: 4,
-    }
+    """What a kernel returns that torch has no fake of: the fused step of SGD, which changes its arguments."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is aten._fused_sgd_.default:
-            return None
-        if func in self.LIKE:
-            return torch.empty_like(args[0])
-        if func in self.PER_CHANNEL:
-            dtype = torch.float64 if args[0].dtype == torch.float64 else torch.float32
-            count = self.PER_CHANNEL[func]
-            return tuple(torch.empty(args[0].shape[1], dtype=dtype, device=DEVICE) for _ in range(count))
-        return func(*args, **kwargs)
+        return None if func is aten._fused_sgd_.default else func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

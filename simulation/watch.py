@@ -103,7 +103,7 @@ class Watch(TorchDispatchMode):
             in_method = self.holder == ACTIVATIONS and where_from().startswith("methods/")
             entry = [LOSS if in_method else self.holder, -(-storage.nbytes() // GRANULARITY) * GRANULARITY]
             self._storages[storage] = entry
-            self.living[self.holder] += entry[1]
+            self.living[entry[0]] += entry[1]
             weakref.finalize(storage, self._gone, entry)
             if self.bytes > self.record.peak:
                 self.record.peak, self.record.peak_where = self.bytes, where_from()

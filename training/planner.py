@@ -74,22 +74,21 @@ class Noise(Source):
         return Image.fromarray(self.array(index))
 
 
-def simulate(args: argparse.Namespace, devices: int, assemble: Callable, train_one_epoch: Callable) -> Plan:
+def simulate(args: argparse.Namespace, devices: int, build: Callable, train_one_epoch: Callable) -> Plan:
     """The second of two steps of ``args`` (precision resolved for a GPU) as one of ``devices`` processes takes it.
 
-    ``assemble(args, world, source, method, model)`` and ``train_one_epoch(run, epoch, pieces)``: main_pretrain.py's.
+    ``build`` and ``train_one_epoch``: main_pretrain.py's.
     """
     images, world = args.batch_size_per_gpu, World(0, devices, 0, DEVICE)
-    source = Noise(2 * images * devices)  # two steps per epoch
+    source, small = Noise(2 * images * devices), draw_few(args)  # two steps per epoch
     with fake_gpu(devices) as gpu, fake_world(devices):
         with gpu.watch.holding("weights"):
             dtype = batch_dtype(args.precision)
-            method = gpu.build(lambda: method_class(args.method).build(args), dtype)
-            run = assemble(args, world, source, method, method)
-        sent = gpu.keep_gradients_in_buckets(method) if devices > 1 else 0
+            run = build(args, world, source, lambda make: gpu.build(make, dtype), share=lambda method, world: method)
+        sent = gpu.keep_gradients_in_buckets(run.method) if devices > 1 else 0
         run.monitor.world = dataclasses.replace(world, rank=1)  # which writes nothing
         book_moments(gpu, run.optimizer)
-        pieces = to_device_ahead(pieces_of_shapes(args, gpu), DEVICE, dtype)
+        pieces = to_device_ahead(lengthened(small, args, gpu), DEVICE, dtype)
         train_one_epoch(run, args.epochs - 1, begin_second_step(pieces, args.accum_iter, gpu))
         record = gpu.watch.record
     sent += sum(record.collectives.values())
@@ -118,13 +117,17 @@ def book_moments(gpu: GPU, optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_post_hook(end)
 
 
-def pieces_of_shapes(args: argparse.Namespace, gpu: GPU) -> Iterator[dict]:
-    """The pieces of two steps: those of a few images, whose tensors are made as long as those of the batch."""
-    images = args.batch_size_per_gpu // args.accum_iter
-    drawn, alone = min(images, DRAWN), World(0, 1, 0, torch.device("cpu"))
+def draw_few(args: argparse.Namespace) -> dict:
+    """A piece of a few images, as the loader makes it in the last epoch."""
+    images, alone = min(args.batch_size_per_gpu // args.accum_iter, DRAWN), World(0, 1, 0, torch.device("cpu"))
     views = method_class(args.method).views(args)
-    loader = TrainLoader(Noise(drawn), views, batch_size=drawn, world=alone, seed=0, epochs=1, num_workers=0)
-    small = loader.piece(0, 0)
+    options = {"batch_size": images, "world": alone, "seed": 0, "epochs": args.epochs, "num_workers": 0}
+    return TrainLoader(Noise(images), views, **options).piece(args.epochs - 1, 0)
+
+
+def lengthened(small: dict, args: argparse.Namespace, gpu: GPU) -> Iterator[dict]:
+    """The pieces of two steps: the small one, with tensors as long as those of so many images."""
+    images, drawn = args.batch_size_per_gpu // args.accum_iter, len(small["indices"])
     for number in range(2 * args.accum_iter):
         piece = longer(small, images, drawn) | {"first_sample": number % args.accum_iter * images, "bad": []}
         gpu.pin(piece)
@@ -149,13 +152,13 @@ def longer(value: object, images: int, drawn: int) -> object:
 
 
 def describe_plan(
-    args: argparse.Namespace, devices: int, images: int, assemble: Callable, train_one_epoch: Callable
+    args: argparse.Namespace, devices: int, images: int, build: Callable, train_one_epoch: Callable
 ) -> None:
     """Simulate the run, and a smaller batch of it, and say what it needs. ``images``: in the training data."""
 
     def plan_of(batch: int) -> Plan:
         asked = argparse.Namespace(**{**vars(args), "batch_size_per_gpu": batch})
-        return simulate(asked, devices, assemble, train_one_epoch)
+        return simulate(asked, devices, build, train_one_epoch)
 
     batch = args.batch_size_per_gpu
     fewer = max(1, batch // 2 // args.accum_iter) * args.accum_iter

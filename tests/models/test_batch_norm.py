@@ -1,8 +1,10 @@
+import copy
+
 import pytest
 import torch.nn as nn
 
 from models import build_backbone
-from models.batch_norm import batch_norm_of_the_batch
+from models.batch_norm import BatchNormOverProcesses, batch_norm_of_the_batch
 
 
 @pytest.mark.parametrize(
@@ -19,3 +21,33 @@ from models.batch_norm import batch_norm_of_the_batch
 )
 def test_a_batch_norm_is_found_where_it_takes_its_statistics_from_the_batch(module, name):
     assert batch_norm_of_the_batch(module()) == name
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 5, 4, 2)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_process_alone_has_the_numbers_and_gradients_of_torch(shape, affine):
+    torch.manual_seed(0)
+    norm = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(5, affine=affine).double()
+    if affine:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    ours = BatchNormOverProcesses(copy.deepcopy(norm))
+    x = (3 * torch.randn(shape, dtype=torch.float64) + 100).requires_grad_()
+    weights = torch.randn(shape, dtype=torch.float64)
+    results = []
+    for module in (norm, ours):
+        for _ in range(2):  # running statistics move twice
+            y = module(x)
+        parameters = list(module.parameters())
+        gradients = torch.autograd.grad((y * weights).sum(), [x, *parameters])
+        results.append(
+            [y, *gradients, module.running_mean, module.running_var, module.num_batches_tracked, module.eval()(x)]
+        )
+    for theirs, own in zip(*results, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_half_precision_is_normalised_in_float32():
+    x = torch.randn(64, 4).bfloat16()
+    y = BatchNormOverProcesses(nn.BatchNorm1d(4))(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), nn.BatchNorm1d(4)(x.float()), rtol=0.01, atol=0.01)
