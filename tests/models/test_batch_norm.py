@@ -1,6 +1,7 @@
 import copy
 
 import pytest
+import torch
 import torch.nn as nn
 
 from models import build_backbone
