@@ -26,6 +26,11 @@ class WeightNormLinear(nn.Module):
         return F.linear(x, self.weight())
 
 
+def unit_vectors(x: torch.Tensor) -> torch.Tensor:
+    """Rows (rows, dim) divided by their norms, in float32 or better: half precision rounds a norm to eight bits."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
 class DINOHead(nn.Module):
     """MLP, L2 normalisation, prototypes (DINO 2104.14294, appendix C).
 
@@ -61,7 +66,7 @@ class DINOHead(nn.Module):
 
     def bottleneck(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, in_dim) -> unit vectors (rows, bottleneck_dim)."""
-        return F.normalize(self.mlp(x), dim=-1, p=2)
+        return unit_vectors(self.mlp(x))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, in_dim) -> logits (rows, out_dim)."""
@@ -118,7 +123,7 @@ class IBOTHead(nn.Module):
 
     def bottleneck(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, in_dim) -> unit vectors (rows, bottleneck_dim)."""
-        return F.normalize(self.mlp(x), dim=-1, p=2)
+        return unit_vectors(self.mlp(x))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Tokens (batch, 1 + patches, in_dim) -> logits of the class token (batch, out_dim) and of the patches
@@ -128,5 +133,5 @@ class IBOTHead(nn.Module):
         cls, patches = (hidden, None) if x.ndim == 2 else (hidden[:, 0], hidden[:, 1:])
         if self.last_layer is None:
             return self.mlp[-1](cls) if patches is None else (self.mlp[-1](cls), self.mlp2(patches))
-        cls = self.last_layer(F.normalize(self.mlp[-1](cls), dim=-1))
-        return cls if patches is None else (cls, self.last_layer2(F.normalize(self.mlp[-1](patches), dim=-1)))
+        cls = self.last_layer(unit_vectors(self.mlp[-1](cls)))
+        return cls if patches is None else (cls, self.last_layer2(unit_vectors(self.mlp[-1](patches))))

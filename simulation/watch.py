@@ -35,6 +35,19 @@ ASK_THE_DEVICE = {
         ("equal", "default"),
     )
 }
+WANT_PRECISION = {  # what normalises or measures; torch's own attention and layer norms see to themselves
+    aten.logsumexp.default,
+    aten._log_softmax.default,
+    aten._softmax.default,
+    aten.special_entr.default,
+    aten.linalg_vector_norm.default,
+    aten._foreach_norm.Scalar,
+    aten.var_mean.correction,
+    aten._weight_norm_interface.default,
+    aten.lerp_.Scalar,
+    aten._foreach_lerp_.Scalar,
+}
+HALVES = (torch.float16, torch.bfloat16)
 INDEXING = {
     aten.index.Tensor,
     aten.index_put.default,
@@ -52,6 +65,7 @@ class Record:
     pageable: Counter = field(default_factory=Counter)  # where -> copies to the device that are no pinned ones
     pinned: Counter = field(default_factory=Counter)  # (direction, where) -> copies that nobody waits for
     collectives: Counter = field(default_factory=Counter)  # name -> bytes
+    in_half: Counter = field(default_factory=Counter)  # (name, where) -> calls of what wants more than half precision
     flops: float = 0.0
     peak: int = 0  # bytes
     peak_parts: Counter = field(default_factory=Counter)  # what held them
@@ -135,6 +149,10 @@ class Watch(TorchDispatchMode):
             )
         elif touches and func.namespace != "prim":
             self.record.operations[str(func)] += 1
+            widens = func in (aten._softmax.default, aten._log_softmax.default) and args[2]  # half in, float32 out
+            halves = any(isinstance(x, torch.Tensor) and x.dtype in HALVES for x in leaves)
+            if func in WANT_PRECISION and halves and not widens:
+                self.record.in_half[str(func), where_from()] += 1
             if func.overloadpacket in flop_registry:
                 self.record.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         return out

@@ -75,12 +75,23 @@ class Noise(Source):
 
 
 def simulate(args: argparse.Namespace, devices: int, build: Callable, train_one_epoch: Callable) -> Plan:
-    """The second of two steps of ``args`` (precision resolved for a GPU) as one of ``devices`` processes takes it.
+    """The second of ``two_steps``."""
+    _, (_, record), sent = two_steps(args, devices, build, train_one_epoch)
+    sent += sum(record.collectives.values())
+    parts = (record.peak, record.peak_parts, record.peak_where)
+    return Plan(args.batch_size_per_gpu, *parts, record.flops, sent, devices)
 
-    ``build`` and ``train_one_epoch``: main_pretrain.py's.
+
+def two_steps(
+    args: argparse.Namespace, devices: int, build: Callable, train_one_epoch: Callable
+) -> tuple[object, list[Record], int]:
+    """Two steps of the last epoch of ``args`` (precision resolved for a GPU), as one of ``devices`` processes.
+
+    ``build`` and ``train_one_epoch``: main_pretrain.py's. Returns the run, what happened in either step, and the bytes
+    of the gradients that are exchanged.
     """
-    images, world = args.batch_size_per_gpu, World(0, devices, 0, DEVICE)
-    source, small = Noise(2 * images * devices), draw_few(args)  # two steps per epoch
+    world, records = World(0, devices, 0, DEVICE), []
+    source, small = Noise(2 * args.batch_size_per_gpu * devices), draw_few(args)  # two steps per epoch
     with fake_gpu(devices) as gpu, fake_world(devices):
         with gpu.watch.holding("weights"):
             dtype = batch_dtype(args.precision)
@@ -89,17 +100,16 @@ def simulate(args: argparse.Namespace, devices: int, build: Callable, train_one_
         run.monitor.world = dataclasses.replace(world, rank=1)  # which writes nothing
         book_moments(gpu, run.optimizer)
         pieces = to_device_ahead(lengthened(small, args, gpu), DEVICE, dtype)
-        train_one_epoch(run, args.epochs - 1, begin_second_step(pieces, args.accum_iter, gpu))
-        record = gpu.watch.record
-    sent += sum(record.collectives.values())
-    return Plan(images, record.peak, record.peak_parts, record.peak_where, record.flops, sent, devices)
+        train_one_epoch(run, args.epochs - 1, note_steps(pieces, args.accum_iter, gpu, records))
+    return run, records, sent
 
 
-def begin_second_step(pieces: Iterator[dict], per_step: int, gpu: GPU) -> Iterator[dict]:
-    """The same pieces; what is noted begins anew with those of the second step."""
+def note_steps(pieces: Iterator[dict], per_step: int, gpu: GPU, records: list[Record]) -> Iterator[dict]:
+    """The same pieces; what happens after the first one of a step is noted in a record of its own."""
     for number, piece in enumerate(pieces):
-        if number == per_step:
+        if number % per_step == 0:
             gpu.watch.record = Record()
+            records.append(gpu.watch.record)
         yield piece
 
 
