@@ -39,6 +39,7 @@ from training.monitor import Monitor
 from training.online_knn import OnlineKNN
 from training.optim import build_optimizer, optimizer_step, set_schedules
 from training.options import check_options, compare_with_presets, options_named, parse_options
+from training.planner import describe_plan
 from training.preview import attention_pictures
 from training.pseudo_labels import PseudoLabels
 from training.start import begin
@@ -54,6 +55,7 @@ from utils import (
     half_dtype,
     init_world,
     keep_large_blocks,
+    leave_world,
     log,
     run_cli,
 )
@@ -357,6 +359,11 @@ def main() -> int:
         if args.init_from:
             begin(run)
         dry_run(run, device_pieces(run, 0, 0))
+        images, devices = len(run.source), args.devices or world.size
+        del run
+        leave_world()
+        if world.rank == 0:
+            describe_plan(parse_options(sys.argv[1:]), devices, images, build, train_one_epoch)
         return 0
     knn = OnlineKNN(args, world, run.method.evaluation_backbone(), run.method.image_size(args))
     with hold(Path(args.output_dir), world):

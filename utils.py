@@ -114,7 +114,9 @@ def usable_cpus() -> int:
 
 
 def leave_world() -> None:
-    """End the group of processes, so that none of them waits for another's end."""
+    """End the group of processes, so that none of them waits for another's end; nothing where there is none."""
+    if not dist.is_initialized():
+        return
     if dist.get_backend() == "gloo":
         # torch 2.6 keeps the interpreter locked until gloo's threads have ended, and a thread that drops its last
         # tensors needs it (pytorch/pytorch#154976): neither would ever end. Such a thread needs microseconds.
@@ -197,7 +199,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
         code = error.exit_code
     except BrokenPipeError:
         code = 141
-    if dist.is_initialized() and not code:
+    if not code:
         leave_world()
     sys.stdout.flush()
     sys.exit(code or 0)

@@ -2,7 +2,10 @@
 
 Torch's FakeTensorMode computes what every operation would return but for the numbers; here it is made to do so for a
 CUDA device on a machine without a driver. A host that asks for a value of such a tensor gets an error, two devices in
-one operation too. Everything that depends on names inside torch is in this file; it works with torch 2.6 and later.
+one operation too. Everything that depends on names inside torch is in this file.
+
+Older torch asks the driver for a stream wherever a gradient will flow, in C++, and ends the process where there is
+none: ``obstacle`` tells before that.
 """
 
 import contextlib
@@ -25,6 +28,15 @@ from simulation.watch import IdSet, Watch, on_device
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
+DRIVERLESS = (2, 14)  # the oldest torch that was seen to do without a driver; 2.6 and 2.9 were seen not to
+
+
+def obstacle() -> str:
+    """Why nothing can be simulated here; '' where it can."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version >= DRIVERLESS or torch.cuda.device_count():
+        return ""
+    return f"torch {torch.__version__} cannot without a GPU's driver, torch {DRIVERLESS[0]}.{DRIVERLESS[1]} can"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Two steps of main_pretrain.py on a GPU that does not exist, and what is asked of it in the second."""
+"""Steps of main_pretrain.py on a GPU that does not exist, and what is asked of it in the first and any other."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ import main_pretrain
 from simulation.gpu import DEVICE, fake_gpu
 from simulation.watch import Record
 from training.options import check_options, parse_options
-from training.planner import two_steps
+from training.planner import three_steps
 from utils import World
 
 # what the published recipes have and the defaults have not
@@ -46,5 +46,5 @@ def take_steps(method: str, *options: str, sizes: list[str] = SMALL, devices: in
         run.monitor.step = lambda losses, *rest: (seen.update(losses), note(losses, *rest))
         main_pretrain.train_one_epoch(run, epoch, pieces)
 
-    run, records, _ = two_steps(args, devices, main_pretrain.build, train_one_epoch)
-    return Steps(run, *records, seen)
+    run, records, _ = three_steps(args, devices, main_pretrain.build, train_one_epoch)
+    return Steps(run, *records[:2], seen)

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from methods import METHODS
+from simulation.gpu import obstacle
 from tests.fake_cuda import FULL, RECIPES, Steps, take_steps
+
+pytestmark = pytest.mark.skipif(bool(obstacle()), reason=obstacle())
 
 # the two copies that are read one step late: the verdict of all processes, and what the monitor shows
 LATE = {"training/consensus.py", "training/monitor.py"}

@@ -22,7 +22,7 @@ FREE_OPTIONS = {
     *("batch_size_per_gpu", "accum_iter", "grad_checkpointing", "compile", "deterministic", "saveckp_freq"),
     *("save_every_minutes", "knn_every", "knn_data", "knn_per_class", "nb_knn", "n_last_blocks"),
     *("avgpool_patchtokens", "knn_temperature", "class_token", "use_cuda", "print_freq", "max_bad_images"),
-    *("max_skipped", "dry_run", "replay", "accept_changes", "use_fp16", "load_from", "backend"),
+    *("max_skipped", "dry_run", "devices", "replay", "accept_changes", "use_fp16", "load_from", "backend"),
     *("init_from", "init_progress"),  # read once; where a run began is checked where it is resumed
 }
 
@@ -39,6 +39,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add("--config", metavar="FILE.yaml", help="preset (configs/<method>/*.yaml); later options override it")
     add("--output_dir", default=".", help="checkpoints and logs; a run found there is continued")
     add("--dry_run", action="store_true", help="everything but training: settings, data, memory, first batch")
+    add("--devices", type=int, help="with --dry_run: plan for so many GPUs; left out: as many as processes")
     add("--replay", metavar="FILE", help="run a step again that was not finite (the file the run wrote)")
 
     own = parser.add_argument_group(f"the method ({method.name})")
@@ -194,7 +195,7 @@ def check_options(args: argparse.Namespace, world: World) -> None:
     """Refuse what cannot work, before data is listed or a network built. Every message names value and remedy."""
     positive = {
         *("batch_size_per_gpu", "accum_iter", "epochs", "patch_size", "window_size"),
-        *("saveckp_freq", "print_freq", "max_skipped", "n_last_blocks"),
+        *("saveckp_freq", "print_freq", "max_skipped", "n_last_blocks", "devices"),
     }
     for name in sorted(positive):
         value = getattr(args, name)

@@ -1,4 +1,4 @@
-"""What a run will need of a GPU, from two of its steps on one that does not exist (simulation/)."""
+"""What a run will need of a GPU, from some of its steps on one that does not exist (simulation/)."""
 
 import argparse
 import dataclasses
@@ -14,10 +14,12 @@ from PIL import Image
 from data.loader import TrainLoader, to_device_ahead
 from data.source import Source
 from methods import method_class
-from simulation.gpu import DEVICE, GPU, fake_gpu, fake_world
+from simulation.gpu import DEVICE, GPU, fake_gpu, fake_world, obstacle
 from simulation.watch import Record
+from training.options import resolve_precision
 from utils import World, batch_dtype, log
 
+STEPS = 3
 DRAWN = 4  # images whose views are really made; the batch repeats their shapes
 GB = 2**30
 RESERVED = 1.0  # GB of a card that are not for tensors: CUDA's context, libraries' workspaces, gaps between blocks
@@ -75,23 +77,24 @@ class Noise(Source):
 
 
 def simulate(args: argparse.Namespace, devices: int, build: Callable, train_one_epoch: Callable) -> Plan:
-    """The second of ``two_steps``."""
-    _, (_, record), sent = two_steps(args, devices, build, train_one_epoch)
+    """The second of ``three_steps``."""
+    _, (_, record, _), sent = three_steps(args, devices, build, train_one_epoch)
     sent += sum(record.collectives.values())
     parts = (record.peak, record.peak_parts, record.peak_where)
     return Plan(args.batch_size_per_gpu, *parts, record.flops, sent, devices)
 
 
-def two_steps(
+def three_steps(
     args: argparse.Namespace, devices: int, build: Callable, train_one_epoch: Callable
 ) -> tuple[object, list[Record], int]:
-    """Two steps of the last epoch of ``args`` (precision resolved for a GPU), as one of ``devices`` processes.
+    """An epoch of three steps, the last of ``args`` (precision resolved for a GPU), as one of ``devices`` processes.
 
-    ``build`` and ``train_one_epoch``: main_pretrain.py's. Returns the run, what happened in either step, and the bytes
-    of the gradients that are exchanged.
+    The first step makes what lasts, the second is like all others, with the third the epoch ends. ``build`` and
+    ``train_one_epoch``: main_pretrain.py's. Returns the run, what happened in every step, and the bytes of the
+    gradients that are exchanged.
     """
     world, records = World(0, devices, 0, DEVICE), []
-    source, small = Noise(2 * args.batch_size_per_gpu * devices), draw_few(args)  # two steps per epoch
+    source, small = Noise(STEPS * args.batch_size_per_gpu * devices), draw_few(args)
     with fake_gpu(devices) as gpu, fake_world(devices):
         with gpu.watch.holding("weights"):
             dtype = batch_dtype(args.precision)
@@ -136,9 +139,9 @@ def draw_few(args: argparse.Namespace) -> dict:
 
 
 def lengthened(small: dict, args: argparse.Namespace, gpu: GPU) -> Iterator[dict]:
-    """The pieces of two steps: the small one, with tensors as long as those of so many images."""
+    """The pieces of all steps: the small one, with tensors as long as those of so many images."""
     images, drawn = args.batch_size_per_gpu // args.accum_iter, len(small["indices"])
-    for number in range(2 * args.accum_iter):
+    for number in range(STEPS * args.accum_iter):
         piece = longer(small, images, drawn) | {"first_sample": number % args.accum_iter * images, "bad": []}
         gpu.pin(piece)
         yield piece
@@ -164,7 +167,12 @@ def longer(value: object, images: int, drawn: int) -> object:
 def describe_plan(
     args: argparse.Namespace, devices: int, images: int, build: Callable, train_one_epoch: Callable
 ) -> None:
-    """Simulate the run, and a smaller batch of it, and say what it needs. ``images``: in the training data."""
+    """Simulate the run on GPUs, and another batch of it, and say what it needs. ``images``: in the training data."""
+    if why := obstacle():
+        log.info("memory and time on GPUs are not simulated: %s", why)
+        return
+    with fake_gpu(devices):
+        resolve_precision(args, DEVICE)
 
     def plan_of(batch: int) -> Plan:
         asked = argparse.Namespace(**{**vars(args), "batch_size_per_gpu": batch})

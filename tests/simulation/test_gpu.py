@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn as nn
 
-from simulation.gpu import DEVICE, fake_gpu
+from simulation.gpu import DEVICE, fake_gpu, obstacle
 from simulation.watch import Record
 
 MB = 2**20
+pytestmark = pytest.mark.skipif(bool(obstacle()), reason=obstacle())
 
 
 def test_two_devices_in_one_operation_are_refused():

@@ -19,7 +19,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 # A new option is a decision: it is added here, to the README or the help, and to FREE_OPTIONS if it changes no number.
 SHARED = """
     accept_changes accum_iter arch augment avgpool_patchtokens backend batch_size_per_gpu class_token clip_grad
-    compile config data_path deterministic device dist_url drop_path_rate dry_run epochs exif grad_checkpointing
+    compile config data_path deterministic device devices dist_url drop_path_rate dry_run epochs exif grad_checkpointing
     init_from init_progress knn_data knn_every
     knn_per_class knn_temperature load_from local_rank lr max_bad_images max_image_pixels max_skipped method min_lr
     n_last_blocks nb_knn num_workers
