@@ -47,6 +47,7 @@ WANT_PRECISION = {  # what normalises or measures; torch's own attention and lay
     aten.lerp_.Scalar,
     aten._foreach_lerp_.Scalar,
 }
+SUMS = {aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default}
 HALVES = (torch.float16, torch.bfloat16)
 INDEXING = {
     aten.index.Tensor,
@@ -149,13 +150,19 @@ class Watch(TorchDispatchMode):
             )
         elif touches and func.namespace != "prim":
             self.record.operations[str(func)] += 1
-            widens = func in (aten._softmax.default, aten._log_softmax.default) and args[2]  # half in, float32 out
-            halves = any(isinstance(x, torch.Tensor) and x.dtype in HALVES for x in leaves)
-            if func in WANT_PRECISION and halves and not widens:
+            if self._loses_precision(func, args, leaves, results):
                 self.record.in_half[str(func), where_from()] += 1
             if func.overloadpacket in flop_registry:
                 self.record.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         return out
+
+    @staticmethod
+    def _loses_precision(func, args: tuple, leaves: list, results: list) -> bool:
+        if func in (aten._softmax.default, aten._log_softmax.default) and args[2]:  # half in, float32 out
+            return False
+        if func in SUMS:  # those of gradients are autocast's; a method's own are statistics
+            return any(map(is_half, results)) and where_from().startswith("methods/")
+        return func in WANT_PRECISION and any(map(is_half, leaves))
 
     def _look_for_waits(self, func, args: tuple, kwargs: dict) -> None:
         if func in ASK_THE_DEVICE:
@@ -202,6 +209,10 @@ class IdSet:
 
 def on_device(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "cuda"
+
+
+def is_half(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in HALVES
 
 
 def where_from() -> str:
