@@ -20,6 +20,7 @@ from training.health import diagnose
 from utils import World, all_gather_rows, all_reduce_sum, log, save_atomically
 
 WINDOW = 20
+FORETELLING = 10  # steps, after which it can be said how long a run will take
 CLOCKS = ("time", "data")  # meters that no two runs share: shown, never written to log.txt
 OWN = ("lr", "wd", *CLOCKS)  # meters that are not losses
 
@@ -52,6 +53,7 @@ class Monitor:
         self.writer = None
         self._arriving: deque[tuple] = deque()
         self._warned: set[str] = set()
+        self._foretold = False  # whether it was said how long the run will take
         self._last_step = time.perf_counter()
 
     def open(self, epoch: int, step: int) -> None:
@@ -122,6 +124,11 @@ class Monitor:
         speed = self.batch / max(1e-9, times.median)
         share = sum(waits.recent) / max(1e-9, sum(times.recent))
         self._print(clock, step, speed)
+        if not self._foretold and times.count >= FORETELLING:
+            self._foretold = True
+            left = self.epochs * self.niter - 1 - clock.iteration
+            log.info("about %s to go: %d steps of %.2f s on this machine, tests not counted",
+                     spoken(left * times.median), left, times.median)  # fmt: skip
         scalars = {
             **values,
             "schedule/lr": clock.lr,
@@ -240,6 +247,14 @@ class Monitor:
         for name in processes[0] if processes else ():
             meter, sums = self._meter(name), [process[name] for process in processes]
             meter.total, meter.count = (sum(column) / len(sums) for column in zip(*sums, strict=True))
+
+
+def spoken(seconds: float) -> str:
+    """A time in the unit that people would say it in."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}" if seconds >= 9.5 * size else f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def epoch_of(line: str) -> float:

@@ -5,7 +5,7 @@ import torch
 
 from methods.base import Clock
 from tests.launch import tensorboard_of
-from training.monitor import CLOCKS, Meter, Monitor
+from training.monitor import CLOCKS, Meter, Monitor, spoken
 from utils import World
 
 
@@ -120,3 +120,24 @@ def test_a_meter_shows_the_median_of_the_last_values_and_the_mean_of_all():
     for value in range(100):
         meter.add(float(value))
     assert (meter.median, meter.mean) == (89.0, 49.5)
+
+
+def test_the_first_steps_tell_once_how_long_the_run_will_take(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", "tutelage")
+    m = Monitor(tmp_path, 3, 20, 10, 8, World(0, 1, 0, torch.device("cpu")))
+    m.open(0, 0)
+    now = iter(range(0, 100_000, 36))  # every step takes 36 seconds
+    monkeypatch.setattr("training.monitor.time.perf_counter", lambda: float(next(now)))
+    m.begin_epoch()
+    for iteration in range(40):
+        m.step({"loss": torch.tensor(1.0)}, {}, Clock(iteration // 20, iteration), waited=0.0)
+    m.close()
+    said = [record.getMessage() for record in caplog.records if "to go" in record.getMessage()]
+    assert said == ["about 29 minutes to go: 49 steps of 36.00 s on this machine, tests not counted"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(40, "40 seconds"), (100, "1.7 minutes"), (7200, "2.0 hours"), (200_000, "2.3 days")]
+)
+def test_times_are_said_in_the_unit_of_people(seconds, words):
+    assert spoken(seconds) == words
