@@ -18,6 +18,7 @@ NOT_DETERMINISTIC = (
     *("nll_loss2d", "_embedding_bag", "put_", "histc", "kthvalue", "median", "scatter_reduce", "bincount"),
     *("_ctc_loss", "fractional_max_pool", "max_unpool2d", "cumsum"),
 )
+AT_ONCE = 5  # copies of what the host decides in a piece: samples that are dropped, hidden patches; not block by block
 PRECISIONS = ("bf16", "fp16", "fp32")
 # operations of a step at full size, bf16; a loop over parameters or samples adds hundreds
 OPERATIONS = {"dino": 3130, "ibot": 3600, "attmask": 3600, "udi": 4000}
@@ -33,6 +34,8 @@ def check(steps: Steps) -> None:
             where.split(":")[0]: count for (direction, where), count in record.pinned.items() if "host" in direction
         }
         assert set(to_host) == LATE and set(to_host.values()) == {1}
+        made = sum(n for (direction, where), n in record.pinned.items() if "device" in direction and "utils" in where)
+        assert made <= AT_ONCE * steps.run.args.accum_iter or record is steps.first
         names = {name.removeprefix("aten.") for name in record.operations}
         assert not [name for name in names if name.startswith(NOT_DETERMINISTIC)]
     assert all(value.dtype == torch.float32 for value in steps.losses.values())
