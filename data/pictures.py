@@ -1,12 +1,17 @@
-"""Pictures of a batch: normalised crops in their own colours, on one sheet."""
+"""Pictures for people: normalised crops in their own colours, on one sheet; and the files they are written to."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from data.preprocess import to_pixels
+from utils import UsageError
 
+MARK = b"tEXtSoftware\0Tutelage"  # near the beginning of every picture that was written here
 HIDDEN = np.array([214, 39, 140])  # over what the student does not see
 OPACITY = 0.75
 
@@ -39,3 +44,22 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], gap: int) -> np.ndarray:
             left += picture.shape[1] + gap
         top += height + gap
     return canvas
+
+
+def save_picture(picture: np.ndarray, path: Path) -> None:
+    """Write a PNG with MARK. Raises UsageError."""
+    mark = PngInfo()
+    mark.add_text("Software", "Tutelage")
+    try:
+        Image.fromarray(picture).save(path, pnginfo=mark)
+    except OSError as error:
+        raise UsageError(f"--output_dir {path.parent}: {path.name} cannot be written: {error}") from error
+
+
+def was_written_here(path: Path) -> bool:
+    """Whether ``save_picture`` made this file."""
+    try:
+        with open(path, "rb") as file:
+            return MARK in file.read(256)
+    except OSError:
+        return False

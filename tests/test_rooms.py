@@ -13,7 +13,7 @@ ROOMS = {  # what the files of a room may import of ours, beside their own room
     "simulation": BENEATH,
     "methods": {"models", "data"} | BENEATH,
     "evaluation": {"models", "data"} | BENEATH,
-    "training": {"methods", "evaluation", "models", "data", "simulation", "visualize_attention"} | BENEATH,
+    "training": {"methods", "evaluation", "models", "data", "simulation"} | BENEATH,
     "eval_knn": {"evaluation", "models", "data"} | BENEATH,
     "eval_linear": {"evaluation", "models", "data"} | BENEATH,
     "eval_finetuning": {"evaluation", "models", "data"} | BENEATH,

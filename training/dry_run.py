@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from data.datasets import BadImage
+from data.pictures import save_picture
 from randomness import Permutation
 from utils import autocast, log, make_folder
-from visualize_attention import save_picture
 
 SCANNED = 64
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from data.preprocess import to_pixels
-from visualize_attention import attention_maps, attention_sheet, class_token_names
+from evaluation.attention import attention_maps, attention_sheet, class_token_names
 
 
 def attention_pictures(backbone: torch.nn.Module, images: torch.Tensor) -> np.ndarray | None:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from evaluation.attention import enlarge, keep_mass, patch_maps
 from tests.parity import Case
-from visualize_attention import enlarge, keep_mass, patch_maps
 
 
 def attention_threshold(case: Case) -> Iterator[tuple]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from data.preprocess import MEAN, STD
+from evaluation.attention import attention_maps
 from evaluation.features import Feature, class_token, multiscale_class_token
 from evaluation.linear_heads import heads_of
 from models.checkpoints import compare, load_tensors
@@ -15,7 +16,6 @@ from models.reading import choose_tensors, read_backbone
 from models.safe_load import load_file
 from tests.parity import Case
 from tests.parity.networks import build_vit
-from visualize_attention import attention_maps
 
 # <key>_<feature>[_<input>], as in teacher_linear_n2_avgpool, student_n1_avgpool2 or student_attn_y
 OUTPUT = re.compile(

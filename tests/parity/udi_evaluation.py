@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from evaluation.attention import keep_mass
 from evaluation.features import Feature, class_token, pool_tokens
 from evaluation.knn import class_votes, knn_classify, neighbours_in_chunks
 from evaluation.linear_heads import MOMENTUM, LinearHeads, Probe, Recipe, cosine_factor
@@ -14,7 +15,6 @@ from models.reading import read_backbone
 from models.safe_load import load_file
 from models.vit import VisionTransformer
 from tests.parity import Case
-from visualize_attention import keep_mass
 
 
 def weighted_knn(case: Case) -> Iterator[tuple]:

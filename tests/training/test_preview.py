@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from data.preprocess import to_pixels
+from evaluation.attention import attention_maps, attention_sheet
 from models import build_backbone
 from models.vit import VisionTransformer
 from training.preview import attention_pictures
-from visualize_attention import attention_maps, attention_sheet
 
 
 @pytest.mark.parametrize("names", [[""], ["cls", "cls+"]])
