@@ -37,7 +37,7 @@ from training.consensus import Consensus
 from training.dry_run import dry_run
 from training.monitor import Monitor
 from training.online_knn import OnlineKNN
-from training.optim import build_optimizer, optimizer_step, set_schedules
+from training.optim import build_optimizer, optimizer_step, overflow, set_schedules
 from training.options import check_options, compare_with_presets, options_named, parse_options
 from training.planner import describe_plan
 from training.preview import attention_pictures
@@ -108,10 +108,13 @@ def train_one_epoch(run: Run, epoch: int, pieces: Iterator[dict], first_step: in
         norms = run.method.clip_gradients(run.args.clip_grad, clock)
         run.method.after_backward(clock)
 
-        finite = losses["loss"].isfinite()
-        if run.scaler is None:  # fp16 gradients overflow now and then: the scaler sees to them
+        finite, overflowed = losses["loss"].isfinite(), None
+        if run.scaler is None:
             finite = finite & norms.isfinite().all()
-        gate = run.consensus.agree(finite, batch["bad_images"], (clock, batch["indices"]), save=run.time_to_save())
+        else:  # parity: a gradient too large for fp16 stops the optimiser alone, not teacher and centre (main_dino.py)
+            overflowed = overflow(run.optimizer, run.scaler)
+        tag, due = (clock, batch["indices"]), run.time_to_save()
+        gate = run.consensus.agree(finite, batch["bad_images"], tag, save=due, overflow=overflowed)
         verdict = run.consensus.verdict()
         if verdict:
             run.blackbox.record(run.method, verdict)

@@ -7,7 +7,8 @@ A method is one module that owns its student, its teachers and its state. The tr
     after_backward(clock)         e.g. cancel the last layer's gradients in the first epochs
     after_step(clock, gate)       EMA, centres, queues: whatever follows the optimiser. A ``gate`` of 0 (a tensor on the
                                   device) means that loss or gradient was not finite: change nothing, forget what
-                                  ``forward`` collected. None means that the step was certainly taken
+                                  ``forward`` collected. None means that the step was certainly taken. In fp16 the loss
+                                  decides: a gradient that overflows stops the optimiser alone, as in the originals
 
 Adding a method: CONTRIBUTING.md.
 """

@@ -21,19 +21,22 @@ from training.consensus import Verdict
 from training.options import parse_options, resolve_precision
 from utils import UsageError, World, autocast, batch_dtype, half_dtype, log, save_torch
 
+SCALE_FALLS = 16  # halvings from torch's first scale of an fp16 loss, 65536, to 1: that a run begins so is by design
+
 
 class BlackBox:
     """Counts steps that were skipped and images that were unreadable; writes the first step of every bad series."""
 
     def __init__(self, args: argparse.Namespace, images: int, world: World):
         self.args, self.images, self.world = args, images, world
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row = self.overflowed_in_a_row = 0
         self.bad_images = {"epoch": 0, "run": 0}  # over all processes
         self.forgiven = 0  # those of this epoch from before a restart: they may have been mended since
 
     def record(self, method: Method, verdict: Verdict) -> None:
         """Called before the weights move after the step the verdict is about."""
         self.bad_images = {span: count + verdict.bad_images for span, count in self.bad_images.items()}
+        self.overflowed_in_a_row = self.overflowed_in_a_row + 1 if verdict.overflowed else 0
         if not verdict.skipped:
             self.skipped_in_a_row = 0
             return
@@ -82,6 +85,12 @@ class BlackBox:
                 f"{self.skipped_in_a_row} steps in a row were not finite (--max_skipped); weights, teacher and centres "
                 f"are those before the first of them. Look at it with --replay {self.args.output_dir}/nonfinite_*.pth; "
                 "a lower --lr, a smaller --clip_grad or --precision fp32 have helped others"
+            )
+        if self.overflowed_in_a_row >= SCALE_FALLS + self.args.max_skipped:
+            return (
+                f"the gradients of {self.overflowed_in_a_row} steps in a row overflowed in fp16 "
+                f"({SCALE_FALLS} may until a scale of the loss is found, --max_skipped after these); pass --precision "
+                "bf16 or fp32, which have the range that is missing"
             )
         bad_images = self.bad_images["epoch"] - self.forgiven
         if bad_images > self.args.max_bad_images * self.images:

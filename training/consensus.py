@@ -1,4 +1,4 @@
-"""What all processes must agree on at every step, in one all-reduce of four numbers.
+"""What all processes must agree on at every step, in one all-reduce of a few numbers.
 
 A step whose loss or gradient is not finite on any process is taken by none; a request to stop, and a clock that says it
 is time to save, reach all of them at the same step; unreadable images are counted over all. The device is never waited
@@ -16,13 +16,17 @@ from utils import all_reduce_sum
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the processes agreed on in one step; ``tag`` is whatever was handed to ``agree`` with it."""
+    """What the processes agreed on in one step; ``tag`` is whatever was handed to ``agree`` with it.
+
+    ``overflowed``: a scaled gradient was too large for fp16, and the optimiser alone was left out.
+    """
 
     skipped: bool
     stop: bool
     save: bool
     bad_images: int
     tag: object
+    overflowed: bool = False
 
 
 class Consensus:
@@ -41,17 +45,24 @@ class Consensus:
         self.stop_requested = True
 
     def agree(
-        self, finite: torch.Tensor, bad_images: int, tag: object = None, save: bool = False
+        self,
+        finite: torch.Tensor,
+        bad_images: int,
+        tag: object = None,
+        save: bool = False,
+        overflow: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """``finite`` (0-dim bool, on the device): this process's view of its loss and gradients; ``save``: whether it
-        finds that it is time to.
+        """``finite`` (0-dim bool, on the device): this process's view of its loss and gradients; ``overflow`` (0-dim, 0
+        or 1, there too): what its scaler, if it has one, says of the gradients; ``save``: whether it finds that it is
+        time to.
 
         Returns the gate, 0 or 1 as a float on the device; None when it is known here that the step is to be taken.
         """
         counts = torch.tensor([self.stop_requested, save, bad_images], dtype=torch.float32, pin_memory=self._lags)
-        votes = torch.cat(((~finite).float().view(1), counts.to(self._device, non_blocking=True)))
+        seen = [(~finite).float()] if overflow is None else [(~finite).float(), overflow]
+        votes = torch.cat((counts.to(self._device, non_blocking=True), torch.stack(seen)))
         all_reduce_sum(votes)
-        gate = (votes[0] == 0).float()
+        gate = (votes[len(counts)] == 0).float()
         if self._lags:
             host = torch.empty(votes.shape, pin_memory=True)
             host.copy_(votes, non_blocking=True)
@@ -69,5 +80,5 @@ class Consensus:
         votes, arrived, tag = self._waiting.pop(0)
         if arrived is not None:
             arrived.synchronize()
-        not_finite, stop, save, bad_images = votes.tolist()
-        return Verdict(not_finite > 0, stop > 0, save > 0, int(bad_images), tag)
+        stop, save, bad_images, not_finite, *overflowed = votes.tolist()
+        return Verdict(not_finite > 0, stop > 0, save > 0, int(bad_images), tag, any(overflowed))

@@ -39,9 +39,11 @@ def optimizer_step(
 ) -> None:
     """Take the step; a ``gate`` of 0 on the device makes it change nothing, optimiser state included.
 
-    With a scaler (fp16) its own overflow check decides: a loss that is not finite overflows every gradient.
+    So does, with a scaler (fp16), a gradient that overflows; either lowers the scale of the loss.
     """
     if scaler is not None:
+        if gate is not None:
+            overflow(optimizer, scaler).clamp_(min=1.0 - gate)
         scaler.step(optimizer)
         scaler.update()
         return
@@ -49,11 +51,19 @@ def optimizer_step(
     optimizer.step()
 
 
+def overflow(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> torch.Tensor:
+    """1 where a gradient that the scaler has unscaled is not finite, else 0: the number itself that skips the step."""
+    (found,) = scaler._found_inf_per_device(optimizer).values()  # the public ways to it wait for the device
+    return found
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al., 1708.03888) as DINO uses it.
 
     Weight decay and trust ratio apply to tensors of more than one dimension; the ratio is 1 where a norm is 0.
     """
+
+    _step_supports_amp_scaling = True  # a scaler leaves ``found_inf`` here instead of waiting for it
 
     def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9, eta: float = 0.001):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
