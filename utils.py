@@ -96,7 +96,9 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        # not told, NCCL guesses the device by the rank while nothing was sent yet: another process's, on some clusters
+        on_gpu = {"device_ids": [torch.cuda.current_device()]} if dist.get_backend() == "nccl" else {}
+        dist.barrier(**on_gpu)
 
 
 def all_gather_objects(value) -> list:

@@ -12,6 +12,7 @@ from utils import (
     Parser,
     UsageError,
     all_gather_rows,
+    barrier,
     bool_flag,
     check_writable,
     cosine_scheduler,
@@ -228,3 +229,14 @@ print(number)
 def test_processes_that_just_talked_end():
     """With torch 2.6 one of some dozens waited for ever."""
     assert two_tasks(LEAVE_OFTEN) == [["39"], ["39"]]
+
+
+@pytest.mark.parametrize(("backend", "told"), [("nccl", {"device_ids": [3]}), ("gloo", {})])
+def test_processes_that_wait_for_each_other_on_gpus_say_on_which(monkeypatch, backend, told):
+    calls = []
+    monkeypatch.setattr("utils.world_size", lambda: 4)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: backend)
+    monkeypatch.setattr("torch.distributed.barrier", lambda **options: calls.append(options))
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    barrier()
+    assert calls == [told]
