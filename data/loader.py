@@ -268,14 +268,17 @@ def to_device_ahead(pieces: Iterable[dict], device: torch.device, dtype: torch.d
     On a GPU the next piece is copied and normalised on a stream of its own while the present one is worked on.
     """
     if torch.device(device).type != "cuda":
+        constants = _constants(device, dtype)
         for piece in pieces:
-            yield _map_tensors(piece, lambda tensor: _prepare(tensor, device, dtype))
+            yield _map_tensors(piece, lambda tensor: _prepare(tensor, device, dtype, constants))
         return
     side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(side):
+        constants = _constants(device, dtype)  # nothing but this stream ever reads them
 
     def send(piece: dict) -> dict:
         with torch.cuda.stream(side):
-            return _map_tensors(piece, lambda tensor: _prepare(tensor, device, dtype))
+            return _map_tensors(piece, lambda tensor: _prepare(tensor, device, dtype, constants))
 
     ahead = None
     for piece in pieces:
@@ -288,31 +291,31 @@ def to_device_ahead(pieces: Iterable[dict], device: torch.device, dtype: torch.d
         yield ahead
 
 
-def normalise(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+Constants = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # white, mean, deviation
+
+
+def normalise(
+    images: torch.Tensor, dtype: torch.dtype = torch.float32, constants: Constants | None = None
+) -> torch.Tensor:
     """(batch, 3, height, width) uint8 -> zero mean and unit variance over ImageNet.
 
     parity: (x / 255 - mean) / std in this order, in float32 (float64 for that dtype), as ToTensor and Normalize.
     """
+    white, mean, std = _constants(images.device, dtype) if constants is None else constants
+    return images.to(white.dtype).div_(white).sub_(mean).div_(std).to(dtype)
+
+
+def _constants(device: torch.device, dtype: torch.dtype) -> Constants:
+    """Tensors on the device: by a Python number, a GPU would multiply with the reciprocal, which is not the same."""
     precision = torch.float64 if dtype == torch.float64 else torch.float32
-    # tensors on the device: by a Python number, a GPU would multiply with the reciprocal, which is not the same
-    white, mean, std = _constants(images.device, precision)
-    return images.to(precision).div_(white).sub_(mean).div_(std).to(dtype)
+    white, mean, std = (to_device(torch.tensor(value, dtype=precision), device) for value in (255.0, MEAN, STD))
+    return white, mean.view(3, 1, 1), std.view(3, 1, 1)
 
 
-_CONSTANTS: dict = {}
-
-
-def _constants(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if (device, dtype) not in _CONSTANTS:
-        columns = [to_device(torch.tensor(value, dtype=dtype), device) for value in (255.0, MEAN, STD)]
-        _CONSTANTS[device, dtype] = columns[0], columns[1].view(3, 1, 1), columns[2].view(3, 1, 1)
-    return _CONSTANTS[device, dtype]
-
-
-def _prepare(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _prepare(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, constants: Constants) -> torch.Tensor:
     tensor = tensor.to(device, non_blocking=True)
     is_image = tensor.dtype == torch.uint8 and tensor.ndim == 4 and tensor.shape[1] == 3
-    return normalise(tensor, dtype) if is_image else tensor
+    return normalise(tensor, dtype, constants) if is_image else tensor
 
 
 def _used_on(tensor: torch.Tensor, stream: "torch.cuda.Stream") -> torch.Tensor:

@@ -14,6 +14,7 @@ from data.loader import MAX_ATTEMPTS, TrainLoader, normalise, stack, steps_per_e
 from data.preprocess import MEAN, STD
 from data.views import MultiCropViews
 from randomness import Permutation
+from simulation.gpu import DEVICE, fake_gpu
 from tests.data.helpers import encoded, one_process, photograph, write_folder
 from utils import UsageError
 
@@ -330,3 +331,38 @@ def test_only_images_are_normalised():
     (arrived,) = to_device_ahead([piece], torch.device("cpu"), torch.float64)
     assert all(value is arrived[name] or torch.equal(value, arrived[name]) for name, value in piece.items())
     assert arrived["maps"].dtype == torch.float32 and arrived["few"].dtype == torch.uint8
+
+
+def test_on_a_gpu_every_tensor_of_a_piece_is_known_to_the_stream_that_uses_it(monkeypatch):
+    """The copies of the next piece run beside the step: memory of the present one must not be given to them."""
+    events = []
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+        def __enter__(self):
+            events.append("side begins")
+
+        def __exit__(self, *_):
+            events.append("side ends")
+
+    main, known = Stream("main"), []
+    with fake_gpu():
+        image = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+        pieces = [{"crops": [image, image], "places": {"a": torch.ones(2), "b": [torch.ones(1)]}, "bad": []}] * 2
+        monkeypatch.setattr("torch.cuda.Stream", lambda device: Stream())
+        monkeypatch.setattr("torch.cuda.current_stream", lambda device: main)
+        monkeypatch.setattr("torch.cuda.stream", lambda stream: stream)
+        monkeypatch.setattr("torch.Tensor.record_stream", lambda tensor, stream: known.append((tensor, stream)))
+        arriving = to_device_ahead(iter(pieces), DEVICE)
+        first = next(arriving)
+        ahead = ["side begins", "side ends"]
+        assert events == [*ahead, *ahead, "main waits for side", *ahead]  # constants, this piece, the next one
+        tensors = [*first["crops"], first["places"]["a"], first["places"]["b"][0]]
+        assert all(any(tensor is t and stream is main for t, stream in known) for tensor in tensors)
+        assert len(known) == len(tensors)  # the next piece is not in use yet
+        arriving.close()
