@@ -61,6 +61,7 @@ from utils import (
 )
 
 EXIT_REQUEUE = 75  # saved on SIGTERM or SIGUSR1: start the same command again, as scripts/slurm_pretrain.sh does
+GRAPHS = 128  # compiled of one block's code, at most
 
 
 @dataclass
@@ -312,7 +313,11 @@ def refuse_pieces_of_batch_norm(method: Method, args: argparse.Namespace) -> Non
 
 
 def prepare_blocks(method: Method, args: argparse.Namespace) -> None:
-    """Activation checkpointing and compilation, block by block: one graph serves all blocks and crop sizes."""
+    """Activation checkpointing and compilation, block by block: equal blocks share their graphs."""
+    if args.compile:
+        # teacher and student, first block and last, each once for its size and once for any: torch's own limit is 8,
+        # beyond which it would run a block as it is and say so once
+        torch._dynamo.config.cache_size_limit = GRAPHS
     for module in method.modules():
         if hasattr(module, "grad_checkpointing"):
             module.grad_checkpointing = args.grad_checkpointing
