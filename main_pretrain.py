@@ -29,6 +29,7 @@ from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
 from lock import hold
 from methods import method_class
 from methods.base import Clock, Method
+from models import LIBRARY, family_of
 from models.batch_norm import batch_norm_of_the_batch, synchronise_batch_norm
 from randomness import counted_seed
 from training.blackbox import BlackBox, replay
@@ -60,8 +61,8 @@ from utils import (
     run_cli,
 )
 
-EXIT_REQUEUE = 75  # saved on SIGTERM or SIGUSR1: start the same command again, as scripts/slurm_pretrain.sh does
 GRAPHS = 128  # compiled of one block's code, at most
+EXIT_REQUEUE = 75  # saved on SIGTERM or SIGUSR1: start the same command again, as scripts/slurm_pretrain.sh does
 
 
 @dataclass
@@ -329,7 +330,11 @@ def prepare_blocks(method: Method, args: argparse.Namespace) -> None:
 def prepare_device(args: argparse.Namespace, world: World) -> None:
     if world.device.type == "cpu":
         keep_large_blocks()
-    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+    # told only to warn, torch leaves the gradient of attention without an order; networks of libraries may need it
+    ours = family_of(args.arch) is not LIBRARY
+    if args.deterministic and not ours and world.device.type == "cuda":
+        log.info("--arch %s: kernels without a fixed order are used where it has no others, and named below", args.arch)
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=not ours)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every tensor
     torch.backends.cudnn.deterministic = args.deterministic
     torch.backends.cudnn.benchmark = not args.deterministic
