@@ -5,7 +5,8 @@
 
 The original's form searches the bank anew for every k, in a hundred chunks of the queries, and turns the neighbours'
 labels into a one-hot tensor (chunk, k, classes). Both sides run in processes of their own, one after the other; memory
-is the peak beyond the features themselves. They must predict the same class for every image and every k.
+is the peak beyond the features themselves. They must predict the same class for every image and every k, but for the
+few whose first two classes have the same votes up to rounding, which depends on the shapes of products.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -25,6 +27,7 @@ from utils import Parser, UsageError, run_cli
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
+ROUNDED = 1e-4  # of the predictions may differ
 FULL, TENTH = (1_280_000, 50_000), (128_000, 5_000)  # training and validation images of ImageNet, in round numbers
 
 
@@ -62,7 +65,7 @@ def our_predictions(bank, labels, queries, classes: int, predict: Callable) -> N
 
 
 def run_side(args: argparse.Namespace) -> dict:
-    """Seconds, peak bytes beyond the features, and a checksum of all predictions of one side."""
+    """Seconds and peak bytes beyond the features of one side; its predictions are written to --predictions."""
     bank, labels, queries, truth = make_features(args)
     predictions = {k: torch.empty(len(queries), dtype=torch.long, device=bank.device) for k in KS}
 
@@ -82,19 +85,10 @@ def run_side(args: argparse.Namespace) -> dict:
         our_predictions(bank, labels, queries, args.classes, predict)
         for k in KS:
             found = 100 * int((predictions[k] == truth).sum()) / len(truth)
-            assert accuracies[k][0] == found, f"k={k}: {accuracies[k][0]} counted, {found} predicted"
+            assert abs(accuracies[k][0] - found) <= 100 * ROUNDED, f"k={k}: {accuracies[k][0]} counted, {found} found"
     right = {k: 100 * float((predictions[k] == truth).float().mean()) for k in KS}
-    return {
-        "seconds": seconds,
-        "peak": peak,
-        "top1": right,
-        "predictions": {k: checksum(p) for k, p in predictions.items()},
-    }
-
-
-def checksum(predictions: torch.Tensor) -> int:
-    position = torch.arange(1, len(predictions) + 1, device=predictions.device)
-    return int((predictions * (position % 999_983)).sum())
+    torch.save(torch.stack(list(predictions.values())).cpu(), args.predictions)
+    return {"seconds": seconds, "peak": peak, "top1": right}
 
 
 def synchronise(device: str) -> None:
@@ -120,7 +114,7 @@ def peak_bytes(device: str) -> int:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
 
-def main() -> None:
+def get_bench_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--bank", default=None, type=int, help="training images; left out: 1.28 M, on a CPU a tenth")
     parser.add_argument("--queries", default=None, type=int, help="test images; left out: 50 k, on a CPU a tenth")
@@ -128,7 +122,12 @@ def main() -> None:
     parser.add_argument("--classes", default=1000, type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--side", choices=["original", "ours"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.add_argument("--predictions", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    args = get_bench_parser().parse_args()
     sizes = TENTH if args.device == "cpu" else FULL
     if sizes is TENTH and not (args.bank or args.queries or args.side):
         print("on a processor: a tenth of ImageNet's images on both sides; pass --bank and --queries for more")
@@ -139,13 +138,17 @@ def main() -> None:
         print(json.dumps(run_side(args)))
         return
     options = [f"--{name}={getattr(args, name)}" for name in ("bank", "queries", "dim", "classes", "device")]
-    sides = {}
+    sides, predictions = {}, []
     for side in ("original", "ours"):
-        done = subprocess.run([sys.executable, __file__, *options, f"--side={side}"], capture_output=True, text=True)
-        if done.returncode:
-            raise UsageError(f"the {side} side failed: {done.stderr.strip().splitlines()[-1]}")
-        sides[side] = json.loads(done.stdout.splitlines()[-1])
-    assert sides["original"]["predictions"] == sides["ours"]["predictions"], "the two sides predict differently"
+        with tempfile.NamedTemporaryFile() as file:
+            command = [sys.executable, __file__, *options, f"--side={side}", f"--predictions={file.name}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise UsageError(f"the {side} side failed: {done.stderr.strip().splitlines()[-1]}")
+            sides[side] = json.loads(done.stdout.splitlines()[-1])
+            predictions.append(torch.load(file.name, weights_only=True))
+    differing = int((predictions[0] != predictions[1]).sum())
+    assert differing <= ROUNDED * predictions[0].numel(), f"the two sides differ in {differing} predictions"
     where = torch.cuda.get_device_name() if args.device != "cpu" else platform.processor() or platform.machine()
     print(f"bank {args.bank}, queries {args.queries}, dim {args.dim}, classes {args.classes}, k {KS}, float32")
     print(f"{where}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -154,7 +157,8 @@ def main() -> None:
     ratio = [sides["original"][key] / max(sides["ours"][key], 1e-9) for key in ("seconds", "peak")]
     top1 = ", ".join(f"k={k}: {value:.2f}" for k, value in sides["ours"]["top1"].items())
     print(
-        f"ours takes 1/{ratio[0]:.1f} of the time and 1/{ratio[1]:.1f} of the memory; same predictions (top-1 {top1})"
+        f"ours takes 1/{ratio[0]:.1f} of the time and 1/{ratio[1]:.1f} of the memory; "
+        f"{differing} of {predictions[0].numel()} predictions differ (top-1 {top1})"
     )
 
 

@@ -58,6 +58,7 @@ def get_bench_parser() -> argparse.ArgumentParser:
     parser.add_argument("--drop_path_rate", default=0.1, type=float)
     parser.add_argument("--steps", default=5, type=int, help="timed steps per side, after one that is not")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--deterministic", action="store_true", help="both sides as main_pretrain.py runs unless told")
     parser.add_argument("--default_malloc", action="store_true", help="leave the C allocator as it is")
     parser.add_argument("--side", choices=["plain", "fast"], help=argparse.SUPPRESS)
     parser.add_argument("--part", default="step", choices=["step", "heads"], help=argparse.SUPPRESS)
@@ -84,6 +85,13 @@ def noise_batch(views: Callable, images: int, device: torch.device) -> dict:
     return next(iter(to_device_ahead([getattr(views, "collate", stack)(samples)], device)))
 
 
+def now(device: torch.device) -> float:
+    """Seconds, when everything that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Side:
     """One formulation with its own weights; ``step`` returns the loss and the seconds of every phase."""
 
@@ -95,7 +103,7 @@ class Side:
 
     def step(self, batch: dict, iteration: int) -> float:
         clock = clock_of(iteration)
-        marks = [self._now()]
+        marks = [now(self.device)]
         set_schedules(self.optimizer, clock)
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.precision, self.device):
@@ -103,26 +111,21 @@ class Side:
                 loss = plain.FORWARD[self.method.name](self.method, batch, clock)
             else:
                 loss = self.method(batch, clock)["loss"]
-        marks.append(self._now())
+        marks.append(now(self.device))
         loss.backward()
-        marks.append(self._now())
+        marks.append(now(self.device))
         if self.name == "plain":
             textbook.update(self.method, self.optimizer, CLIP, clock)
             marks += [marks[-1], marks[-1]]
         else:
             self.method.clip_gradients(CLIP, clock)
-            marks.append(self._now())
+            marks.append(now(self.device))
             optimizer_step(self.optimizer, None, None)
-            marks.append(self._now())
+            marks.append(now(self.device))
             self.method.after_step(clock, None)
-        marks.append(self._now())
+        marks.append(now(self.device))
         self.times.append([b - a for a, b in itertools.pairwise(marks)])
         return loss.item()
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     def phases(self) -> list[float]:
         return [statistics.median(column) for column in zip(*self.times[1:], strict=True)]
@@ -137,14 +140,10 @@ def product_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> fl
     repeats = 30 if device.type == "cpu" else 300
     for _ in range(5):
         a @ b
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = now(device)
     for _ in range(repeats):
         a @ b
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return repeats * 2 * 1576 * 384 * 1536 / (time.perf_counter() - began)
+    return repeats * 2 * 1576 * 384 * 1536 / (now(device) - began)
 
 
 def clock_of(iteration: int) -> Clock:
@@ -207,15 +206,15 @@ def measure_memory(args: argparse.Namespace) -> int:
 
 def compare_heads(args: argparse.Namespace, method: Method, batch: dict) -> None:
     """Heads and loss alone, forward and backward in fp32: seconds, and memory beyond what was there before."""
-    tokens = heads.random_tokens(method, batch, clock_of(0))
+    tokens, device = heads.random_tokens(method, batch, clock_of(0)), torch.device(args.device)
     sides = {name: copy.deepcopy(method) for name in ("plain", "fast")}
     seconds = {name: [] for name in sides}
     for repeat in range(args.steps + 1):
         losses = []
         for name, side in sides.items():
-            began = time.perf_counter()
+            began = now(device)
             losses.append(heads.run(name, side, tokens, clock_of(repeat)))
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(now(device) - began)
             side.load_state_dict(method.state_dict())  # the centres of one side move in the part that is measured
         if abs(losses[0] - losses[1]) > 1e-4 * abs(losses[0]):
             raise UsageError(f"heads and loss disagree: {losses[0]} and {losses[1]}")
@@ -235,6 +234,10 @@ def main() -> int:
         raise UsageError("--device cuda: this machine shows no GPU")
     if device.type == "cpu" and not args.default_malloc:
         keep_large_blocks()
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if args.side:
         return measure_memory(args)
 
@@ -248,6 +251,7 @@ def main() -> int:
     print(
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"allocator {'as it is' if args.default_malloc else 'keeping large blocks'}"
+        f"{', deterministic' if args.deterministic else ''}"
     )
     flops = necessary_flops(method, batch)
     print(f"{flops / 1e9:.0f} GFLOP per step\n")
