@@ -29,8 +29,7 @@ from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
 from lock import hold
 from methods import method_class
 from methods.base import Clock, Method
-from models import LIBRARY, family_of
-from models.batch_norm import batch_norm_of_the_batch, synchronise_batch_norm
+from models.batch_norm import synchronise_batch_norm
 from randomness import counted_seed
 from training.blackbox import BlackBox, replay
 from training.checkpointing import save_checkpoint
@@ -41,12 +40,12 @@ from training.online_knn import OnlineKNN
 from training.optim import build_optimizer, optimizer_step, overflow, set_schedules
 from training.options import check_options, compare_with_presets, options_named, parse_options
 from training.planner import describe_plan
+from training.prepare import prepare_blocks, prepare_device, refuse_pieces_of_batch_norm
 from training.preview import attention_pictures
 from training.pseudo_labels import PseudoLabels
 from training.start import begin
 from utils import (
     RunStopped,
-    UsageError,
     World,
     autocast,
     barrier,
@@ -55,13 +54,11 @@ from utils import (
     git_revision,
     half_dtype,
     init_world,
-    keep_large_blocks,
     leave_world,
     log,
     run_cli,
 )
 
-GRAPHS = 128  # compiled of one block's code, at most
 EXIT_REQUEUE = 75  # saved on SIGTERM or SIGUSR1: start the same command again, as scripts/slurm_pretrain.sh does
 
 
@@ -301,43 +298,6 @@ def build_method(args: argparse.Namespace) -> Method:
     method = method_class(args.method).build(args)
     refuse_pieces_of_batch_norm(method, args)
     return method
-
-
-def refuse_pieces_of_batch_norm(method: Method, args: argparse.Namespace) -> None:
-    """Raises UsageError where a batch that is divided would have other numbers than the whole one."""
-    norm = batch_norm_of_the_batch(method)
-    if args.accum_iter > 1 and norm is not None:
-        raise UsageError(
-            f"--accum_iter {args.accum_iter}: {norm} is a batch norm, which would see a piece instead of the batch; "
-            "leave it 1, and make --batch_size_per_gpu smaller and processes more"
-        )
-
-
-def prepare_blocks(method: Method, args: argparse.Namespace) -> None:
-    """Activation checkpointing and compilation, block by block: equal blocks share their graphs."""
-    if args.compile:
-        # teacher and student, first block and last, each once for its size and once for any: torch's own limit is 8,
-        # beyond which it would run a block as it is and say so once
-        torch._dynamo.config.cache_size_limit = GRAPHS
-    for module in method.modules():
-        if hasattr(module, "grad_checkpointing"):
-            module.grad_checkpointing = args.grad_checkpointing
-            module.skip_dropped = not args.compile  # graphs want constant shapes
-        if args.compile and hasattr(module, "drop_path"):
-            module.compile()
-
-
-def prepare_device(args: argparse.Namespace, world: World) -> None:
-    if world.device.type == "cpu":
-        keep_large_blocks()
-    # told only to warn, torch leaves the gradient of attention without an order; networks of libraries may need it
-    ours = family_of(args.arch) is not LIBRARY
-    if args.deterministic and not ours and world.device.type == "cuda":
-        log.info("--arch %s: kernels without a fixed order are used where it has no others, and named below", args.arch)
-    torch.use_deterministic_algorithms(args.deterministic, warn_only=not ours)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every tensor
-    torch.backends.cudnn.deterministic = args.deterministic
-    torch.backends.cudnn.benchmark = not args.deterministic
 
 
 def describe(run: Run) -> None:

@@ -323,7 +323,7 @@ def test_a_dry_run_trains_nothing_and_shows_what_would_be_seen(images, tmp_path,
     caplog.set_level("INFO", "tutelage")
     assert run_here(monkeypatch, data_path=images, output_dir=tmp_path, dry_run=True) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first_batch.png"]
-    for text in ("parameters of the student", "predicted memory", "opened 40 of 40, 0 unreadable"):
+    for text in ("parameters of the student", "simulated", "opened 40 of 40, 0 unreadable"):
         assert text in caplog.text
 
 
