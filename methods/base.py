@@ -15,7 +15,7 @@ Adding a method: CONTRIBUTING.md.
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ import torch.nn as nn
 from data.pictures import crops_grid
 from methods.parts import Part, adopt_parts
 from models import family_of
+from models.blocks import BatchDraws
 from randomness import counted_uniforms
 from utils import cosine_scheduler
 
@@ -53,6 +54,11 @@ class Clock:
         crop = np.arange(crops)[:, None]
         sample = self.first_sample + np.arange(batch)
         return counted_uniforms(self.seed, self.iteration, block, branch, crop, sample).reshape(depth, 2, crops * batch)
+
+    def batch_draws(self, depth: int, batch: int) -> BatchDraws:
+        """The same numbers for one crop, of the whole batch, of which ``batch`` images are here."""
+        whole = replace(self, first_sample=0).drop_path_draws(depth, 1, self.global_batch)
+        return BatchDraws(whole, self.first_sample, batch)
 
 
 class Method(nn.Module):

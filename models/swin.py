@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.blocks import Mlp, Selection, attend, attention_weights, kept_samples, scale_samples, select_samples
+from models.blocks import Kept, Mlp, Selection, attend, attention_weights, kept_samples, scale_samples, select_samples
 from models.vit import group_by_size
 from utils import to_device
 
@@ -142,17 +142,19 @@ class SwinBlock(nn.Module):
         x = self._add(x, attn_drop, lambda rows: self.attn(self.norm1(rows), mask))
         return self._add(x, mlp_drop, lambda rows: self.mlp(self.norm2(rows)))
 
-    def drops(self, kept: np.ndarray | torch.Tensor, x: torch.Tensor) -> tuple:
-        """Of ``kept_samples`` those of this block, (2, batch) -> what ``forward`` takes for its two branches."""
+    def drops(self, kept: Kept | None, x: torch.Tensor) -> tuple:
+        """Of ``kept_samples`` what this block keeps -> what ``forward`` takes for its two branches."""
+        if kept is None:
+            return None, None
         samples = [(x.shape[0], 1)]
 
         def drop(part: np.ndarray | torch.Tensor) -> Selection | torch.Tensor:
             # attention on no samples at all would leave its bias without a gradient
             if isinstance(part, np.ndarray) and part.any():
-                return select_samples(part, samples, samples, self.drop_path, x.device)
-            return scale_samples(torch.as_tensor(part), samples, self.drop_path, x.dtype)[..., None, None]
+                return select_samples(part, samples, samples, kept.scale, x.device)
+            return scale_samples(torch.as_tensor(part), samples, kept.scale, x.dtype)[..., None, None]
 
-        return tuple(map(drop, kept))
+        return tuple(map(drop, kept.samples))
 
     @staticmethod
     def _add(x, drop, branch):
@@ -274,9 +276,7 @@ class SwinTransformer(nn.Module):
         index = 0
         for layer in self.layers:
             for block in layer.blocks:
-                shown, mask, drops = x, self._shift_mask(block, x.shape[1]), (None, None)
-                if kept is not None and block.drop_path > 0:
-                    drops = block.drops(kept[index], x)
+                shown, mask, drops = x, self._shift_mask(block, x.shape[1]), block.drops(kept[index], x)
                 if self.grad_checkpointing and torch.is_grad_enabled():
                     x = checkpoint(block, x, mask, *drops, use_reentrant=False)
                 else:

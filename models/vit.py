@@ -8,6 +8,7 @@ Crops of several sizes go through one forward pass, packed as rows of one matrix
 the last block computes only those (models/blocks.py): the numbers are those of the textbook form.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.blocks import Block, Groups, Reads, kept_samples
+from models.blocks import Block, Draws, Groups, Reads, kept_samples
 from utils import to_device
 
 
@@ -165,19 +166,22 @@ class VisionTransformer(nn.Module):
 
     # ---- through the blocks -----------------------------------------------------------------------------------------
 
-    def _run_blocks(self, x, groups, draws=None, reads=None):
-        """Packed rows through every block; with ``reads`` the last block returns only those rows."""
+    def _each_block(self, x, groups, draws=None, reads=None):
+        """Packed rows after every block in turn; with ``reads`` the last block returns only those rows."""
         skip = self.skip_dropped and x.device.type == "cpu"  # on a GPU gathering rows costs what it saves
         kept = kept_samples(self.blocks, draws, x.device, skip)
         for index, block in enumerate(self.blocks):
             last = reads if block is self.blocks[-1] else None
-            drops = (None, None)
-            if kept is not None and block.drop_path > 0:
-                drops = block.drops(kept[index], x, groups, last)
+            drops = block.drops(kept[index], x, groups, last)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, groups, last, *drops, use_reentrant=False)
             else:
                 x = block(x, groups, last, *drops)
+            yield x
+
+    def _run_blocks(self, x, groups, draws=None, reads=None):
+        """What the last of ``_each_block`` returns."""
+        (x,) = deque(self._each_block(x, groups, draws, reads), maxlen=1)
         return x
 
     def forward(self, images: torch.Tensor, draws: np.ndarray | None = None) -> torch.Tensor:
@@ -241,6 +245,15 @@ class VisionTransformer(nn.Module):
         classes = self.norm(torch.cat((classes, x[images * count :])))
         return classes.view(-1, self.num_class_tokens, self.embed_dim), all_tokens[:, self.num_prefix_tokens :]
 
+    def forward_blocks(self, images: torch.Tensor, draws: Draws | None = None) -> list[torch.Tensor]:
+        """All tokens as every block leaves them, without the final norm: (batch, tokens, dim) for each block.
+
+        ``draws`` as ``forward_crops``, every sample for itself; or ``BatchDraws``, as DINOv2 drops.
+        """
+        tokens = self.prepare_tokens(images)
+        rows = self._each_block(tokens.flatten(0, 1), [tokens.shape[:2]], draws)
+        return [x.view_as(tokens) for x in rows]
+
     def forward_features(
         self, images: torch.Tensor, masks: torch.Tensor | None = None, draws: np.ndarray | None = None
     ) -> torch.Tensor:
@@ -275,12 +288,8 @@ class VisionTransformer(nn.Module):
     def get_intermediate_layers(self, images: torch.Tensor, n: int = 1, norm: bool = True) -> list[torch.Tensor]:
         """Tokens after each of the last ``n`` blocks, oldest first, each through the final norm or (``norm``) not."""
         tokens = self.prepare_tokens(images)
-        groups, x, outputs = [tokens.shape[:2]], tokens.flatten(0, 1), []
-        for index, block in enumerate(self.blocks):
-            x = block(x, groups)
-            if index >= len(self.blocks) - n:
-                outputs.append((self.norm(x) if norm else x).view_as(tokens))
-        return outputs
+        outputs = deque(self._each_block(tokens.flatten(0, 1), [tokens.shape[:2]]), maxlen=n)
+        return [(self.norm(x) if norm else x).view_as(tokens) for x in outputs]
 
     def get_last_selfattention(self, images: torch.Tensor, queries: int | None = None) -> torch.Tensor:
         """Attention of the last block: (batch, heads, tokens or ``queries``, tokens)."""

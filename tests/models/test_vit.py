@@ -88,6 +88,54 @@ def test_stochastic_depth_that_skips_equals_stochastic_depth_that_multiplies(ski
     torch.testing.assert_close(gradients(vit, packed), gradients(vit, apart), rtol=1e-8, atol=1e-10)
 
 
+def kept_by_rank(vit, uniforms):
+    """(depth, 2, batch) factors of the branches as DINOv2 drops: above a rate of 0.1 an exact number, the largest."""
+    factors = (uniforms >= np.array([block.drop_path for block in vit.blocks])[:, None, None]).astype(float)
+    for block, branches, draws in zip(vit.blocks, factors, uniforms, strict=True):
+        branches /= 1 - block.drop_path
+        if block.drop_path > 0.1:
+            number = max(int(draws.shape[-1] * (1 - block.drop_path)), 1)
+            branches[:] = 0.0
+            np.put_along_axis(branches, np.argsort(-draws)[:, :number], draws.shape[-1] / number, axis=-1)
+    return factors
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.6, 0.95])
+def test_a_batch_drops_an_exact_number_of_samples_however_it_is_divided(skip, rate, double):
+    """A rate of 0.1 is just above it as float32, so that the last block alone drops in that way."""
+    vit, images = VisionTransformer(**SIZES, drop_path_rate=rate), torch.randn(6, 3, 32, 32)
+    vit.skip_dropped = skip
+    assert (vit.blocks[-1].drop_path > 0.1) == (rate >= 0.1) and vit.blocks[1].drop_path < rate
+    clocks = [Clock(0, 5, seed=1, first_sample=first, global_batch=6) for first in (0, 0, 2)]
+    whole, *parts = (clock.batch_draws(3, batch) for clock, batch in zip(clocks, (6, 2, 4), strict=True))
+    x, factors, expected = vit.prepare_tokens(images), torch.from_numpy(kept_by_rank(vit, whole.uniforms)), []
+    for block, (attn, mlp) in zip(vit.blocks, factors[..., None, None], strict=True):
+        x = x + attention(block, x) * attn
+        x = x + block.mlp(block.norm2(x)) * mlp
+        expected.append(x)
+    together = vit.forward_blocks(images, whole)
+    torch.testing.assert_close(together, expected, rtol=1e-10, atol=1e-12)
+    apart = [vit.forward_blocks(part, draws) for part, draws in zip(images.split([2, 4]), parts, strict=True)]
+    torch.testing.assert_close([torch.cat(part) for part in zip(*apart, strict=True)], together)
+    torch.testing.assert_close(
+        gradients(vit, torch.stack(together)), gradients(vit, torch.stack(expected)), rtol=1e-8, atol=1e-10
+    )
+
+
+def test_the_tokens_of_every_block_are_those_that_the_others_stand_on(double):
+    vit, images = VisionTransformer(**SIZES, num_registers=2), torch.randn(2, 3, 32, 48)
+    blocks = vit.forward_blocks(images)
+    assert len(blocks) == 3 and blocks[0].shape == (2, 3 + 24, 24)
+    torch.testing.assert_close(vit.norm(blocks[-1]), vit.forward_features(images))
+    torch.testing.assert_close(blocks[1:], vit.get_intermediate_layers(images, 2, norm=False))
+    draws = Clock(0, 5, seed=1).drop_path_draws(3, 1, 2)
+    vit = VisionTransformer(**SIZES, drop_path_rate=0.5)
+    torch.testing.assert_close(vit.norm(vit.forward_blocks(images, draws)[-1])[:, 0], vit(images, draws))
+    vit.grad_checkpointing = True
+    torch.testing.assert_close(vit.norm(vit.forward_blocks(images, draws)[-1])[:, 0], vit(images, draws))
+
+
 def test_everything_dropped_leaves_the_embedding(double):
     vit = VisionTransformer(**SIZES, drop_path_rate=0.5)
     vit.blocks[0].drop_path = 0.5
