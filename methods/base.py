@@ -24,7 +24,7 @@ import torch.nn as nn
 from data.pictures import crops_grid
 from methods.parts import Part, adopt_parts
 from models import family_of
-from models.blocks import BatchDraws
+from models.stochastic_depth import BatchDraws
 from randomness import counted_uniforms
 from utils import cosine_scheduler
 

@@ -77,7 +77,7 @@ class Family:
 
 VIT = Family(
     name="vit",
-    networks={name: getattr(vit, name) for name in ("vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large")},
+    networks={f"vit_{size}": getattr(vit, f"vit_{size}") for size in vit.SIZES},
     options={"patch_size": 16},
     check_patch=positions_fit,
     check_size=whole_patches,
@@ -85,7 +85,7 @@ VIT = Family(
     hides_patches=True,
     class_attention=True,
     shapes=vit_arguments,
-    from_file=("img_size", "init_values", "num_class_tokens", "num_registers", "use_mean_pooling"),
+    from_file=("img_size", "init_values", "num_class_tokens", "num_registers", "use_mean_pooling", "variant"),
 )
 SWIN = Family(
     name="swin",

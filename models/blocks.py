@@ -2,7 +2,7 @@
 
 Norms and linear layers run once on all rows; only attention looks at one size at a time (``Groups`` says which rows
 belong together). Where only some tokens are read (``Reads``), queries and MLP are computed for those rows alone.
-Stochastic depth takes its draws as an argument and does not compute what it drops.
+Stochastic depth (models/stochastic_depth.py) takes its draws as an argument and does not compute what it drops.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from utils import to_device
-
-Groups = Sequence[tuple[int, int]]  # one (samples, tokens per sample) for every image size, in packing order
+from models.stochastic_depth import Groups, Kept, Selection, scale_samples, select_samples
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -32,96 +30,6 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | Non
     """softmax(q k^T / sqrt(d) + bias) -> (batch, heads, queries, tokens)."""
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return (logits if bias is None else logits + bias).softmax(dim=-1)
-
-
-SUBSET_ABOVE = 0.1  # DINOv2's rate from which on it drops an exact number of samples
-
-
-class BatchDraws(NamedTuple):
-    """Draws for stochastic depth as DINOv2 has it, of a batch of which a network may see a part.
-
-    A rate above SUBSET_ABOVE keeps exactly max(int(batch * (1 - rate)), 1) samples of the batch, those with the
-    largest draws; others drop every sample by itself. parity: the original permutes the batch of every process, here
-    it is that of all, so that numbers do not depend on how it is divided (DINOv2 layers/block.py).
-    """
-
-    uniforms: np.ndarray  # (depth, 2, samples of the batch)
-    first: int  # position in it of the first sample that the network sees
-    count: int  # how many it sees
-
-    def kept(self, rates: np.ndarray) -> tuple[np.ndarray, list[float]]:
-        """(depth, 2, count) bool, and what every block multiplies its branches by."""
-        seen = slice(self.first, self.first + self.count)
-        batch = self.uniforms.shape[-1]
-        numbers = np.maximum((batch * (1 - rates)).astype(np.int64), 1)
-        kept = self.uniforms[..., seen] >= rates[:, None, None]
-        scales = 1 / (1 - rates)
-        subset = rates > SUBSET_ABOVE
-        ranks = self.uniforms[subset].argsort(axis=-1, kind="stable").argsort(axis=-1)[..., seen]
-        kept[subset] = ranks >= batch - numbers[subset, None, None]
-        scales[subset] = batch / numbers[subset]
-        return kept, scales.tolist()
-
-
-Draws = np.ndarray | BatchDraws  # uniform numbers (depth, 2, samples), attention and MLP of every block
-
-
-class Selection(NamedTuple):
-    """The samples of a packed matrix that a residual branch computes, the others being dropped."""
-
-    rows: torch.Tensor  # (kept rows,) of the branch's input
-    groups: Groups  # how those rows are grouped
-    out_rows: torch.Tensor  # (kept output rows,) in the residual stream
-    scale: float  # of what the branch adds to them
-
-
-class Kept(NamedTuple):
-    """Which samples the two branches of a block keep, the others being dropped."""
-
-    samples: np.ndarray | torch.Tensor  # (2, samples) bool
-    scale: float  # of what is added to them, so that its mean is that of nothing dropped
-
-
-def kept_samples(
-    blocks: Sequence[nn.Module], draws: Draws | None, device: torch.device, skip: bool
-) -> list[Kept | None]:
-    """What every block keeps; None for those that drop nothing.
-
-    With ``skip`` the answer stays on the host, where rows are chosen by it; else it goes to the device, that of all
-    blocks in one copy.
-    """
-    rates = np.array([block.drop_path for block in blocks])
-    if draws is None or not rates.any():
-        return [None] * len(blocks)
-    if isinstance(draws, BatchDraws):
-        kept, scales = draws.kept(rates)
-    else:
-        kept, scales = draws >= rates[:, None, None], (1 / (1 - rates)).tolist()
-    kept = kept if skip else to_device(torch.from_numpy(kept), device)
-    return [Kept(*pair) if rate > 0 else None for rate, *pair in zip(rates, kept, scales, strict=True)]
-
-
-def select_samples(kept: np.ndarray, groups: Groups, out_groups: Groups, scale: float, device) -> Selection:
-    """``kept`` (samples,) bool over all groups -> the rows of those samples on both sides of a branch."""
-    per_group = np.split(kept, np.cumsum([samples for samples, _ in groups])[:-1])
-
-    def rows_of(layout: Groups) -> torch.Tensor:
-        parts, first_row = [], 0
-        for group_kept, (samples, tokens) in zip(per_group, layout, strict=True):
-            parts.append((first_row + np.flatnonzero(group_kept)[:, None] * tokens + np.arange(tokens)).ravel())
-            first_row += samples * tokens
-        return to_device(torch.from_numpy(np.concatenate(parts)), device)
-
-    counts = [(int(group_kept.sum()), tokens) for group_kept, (_, tokens) in zip(per_group, groups, strict=True)]
-    rows = rows_of(groups)
-    return Selection(rows, counts, rows if out_groups == groups else rows_of(out_groups), scale)
-
-
-def scale_samples(kept: torch.Tensor, out_groups: Groups, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """``kept`` (samples,) bool -> (output rows, 1): 0 for rows of dropped samples, else ``scale``."""
-    scales = (kept.to(dtype) * scale).split([samples for samples, _ in out_groups])
-    rows = [scale[:, None].expand(-1, tokens).flatten() for scale, (_, tokens) in zip(scales, out_groups, strict=True)]
-    return torch.cat(rows)[:, None]
 
 
 class Reads(NamedTuple):
@@ -150,6 +58,24 @@ def first_tokens(x: torch.Tensor, groups: Groups, counts: Sequence[int]) -> torc
         for part, (samples, tokens), count in zip(x.split([b * t for b, t in groups]), groups, counts, strict=True)
     ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def pack(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Groups]:
+    """(samples, tokens, dim) tensors -> the rows of all of them in one matrix, and how these belong together."""
+    groups = [(t.shape[0], t.shape[1]) for t in tokens]
+    rows = [t.flatten(0, 1) for t in tokens]
+    return torch.cat(rows) if len(rows) > 1 else rows[0], groups
+
+
+def group_by_size(crops: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Consecutive crops of one size, concatenated along the batch."""
+    groups: list[list[torch.Tensor]] = []
+    for crop in crops:
+        if groups and groups[-1][0].shape[-2:] == crop.shape[-2:]:
+            groups[-1].append(crop)
+        else:
+            groups.append([crop])
+    return [torch.cat(group) if len(group) > 1 else group[0] for group in groups]
 
 
 class Attention(nn.Module):
@@ -215,6 +141,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Linear, GELU (exact), Linear."""
 
+    last = "fc2"  # the layer whose output is that of all
+
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
@@ -223,6 +151,43 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.act(self.fc1(x)))
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), what CLIP was trained with in place of GELU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class QuickGELUMlp(Mlp):
+    """Linear, QuickGELU, Linear."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__(dim, hidden_dim)
+        self.act = QuickGELU()
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(x1) * x2) of the halves of w12(x): GLU variants improve transformer (2002.05202), as DINOv2 has it.
+
+    parity: two thirds of the width asked for, as the gate is a third matrix, in multiples of 8.
+    """
+
+    last = "w3"
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        width = (int(hidden_dim * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(dim, 2 * width)
+        self.w3 = nn.Linear(width, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+MLPS = {"gelu": Mlp, "quick_gelu": QuickGELUMlp, "swiglu": SwiGLU}
 
 
 class Block(nn.Module):
@@ -237,6 +202,7 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         init_values: float = 0.0,
         norm_eps: float = 1e-6,
+        mlp: str = "gelu",
     ):
         super().__init__()
         self.drop_path = drop_path
@@ -248,7 +214,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = MLPS[mlp](dim, int(dim * mlp_ratio))
 
     def forward(
         self,

@@ -95,10 +95,8 @@ class FinetunedTransformer(VisionTransformer):
                 bias = old.qkv.bias is not None
                 block.attn = FinetunedAttention(self.embed_dim, old.num_heads, bias, side, attn_drop)
             if drop:
-                block.attn.proj, block.mlp.fc2 = (
-                    DroppedLinear(block.attn.proj, drop),
-                    DroppedLinear(block.mlp.fc2, drop),
-                )
+                block.attn.proj = DroppedLinear(block.attn.proj, drop)
+                setattr(block.mlp, block.mlp.last, DroppedLinear(getattr(block.mlp, block.mlp.last), drop))
         self.head = nn.Linear(self.embed_dim, num_classes)
         self._init_weights()
         scale_initial_weights(self, init_scale)
@@ -152,7 +150,7 @@ def scale_initial_weights(model: FinetunedTransformer, init_scale: float) -> Non
     """The head times ``init_scale``, and what block i = 1, 2, ... adds divided by sqrt(2 i): BEiT's start."""
     scale_head(model.head, init_scale)
     for number, block in enumerate(model.blocks, start=1):
-        for layer in (block.attn.proj, block.mlp.fc2):
+        for layer in (block.attn.proj, getattr(block.mlp, block.mlp.last)):
             layer.weight.div_(math.sqrt(2 * number))
 
 

@@ -146,8 +146,6 @@ def _differences(layout: Layout, state: State, norm_eps: float) -> list[str]:
     notes = []
     if layout.name.startswith("Hugging Face"):
         notes.append("Hugging Face's library resizes positions by another rule: features agree at its own size only")
-    elif layout.method == "dinov2" and "register_tokens" in state:
-        notes.append("DINOv2 with registers resizes positions by another rule: features agree at its own size only")
     if norm_eps != 1e-6:
         notes.append(f"its norms add {norm_eps:g} to the variance; a file written from it is read with 1e-06")
     return notes

@@ -19,7 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.blocks import Kept, Mlp, Selection, attend, attention_weights, kept_samples, scale_samples, select_samples
+from models.blocks import Mlp, attend, attention_weights
+from models.stochastic_depth import Kept, Selection, kept_samples, scale_samples, select_samples
 from models.vit import group_by_size
 from utils import to_device
 

@@ -10,6 +10,7 @@ the last block computes only those (models/blocks.py): the numbers are those of 
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.blocks import Block, Draws, Groups, Reads, kept_samples
+from models.blocks import Block, Reads, group_by_size, pack
+from models.stochastic_depth import Draws, kept_samples
 from utils import to_device
 
 
@@ -30,6 +32,14 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.proj(images)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What few published networks do otherwise, and no option asks for."""
+
+    mlp: str = "gelu"  # a key of MLPS: DINOv2's giant has SwiGLU
+    norm_first: bool = False  # a norm of all tokens before the first block: CLIP
 
 
 class VisionTransformer(nn.Module):
@@ -55,6 +65,7 @@ class VisionTransformer(nn.Module):
         masked_im_modeling: bool = False,
         use_mean_pooling: bool = False,
         norm_eps: float = 1e-6,
+        variant: Variant = Variant(),
     ):
         super().__init__()
         if img_size % patch_size:
@@ -74,9 +85,10 @@ class VisionTransformer(nn.Module):
         self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None
         self.masked_embed = nn.Parameter(torch.zeros(1, embed_dim)) if masked_im_modeling else None
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if variant.norm_first else None
         rates = torch.linspace(0, drop_path_rate, depth, dtype=torch.float32).tolist()  # parity: float32
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, init_values, norm_eps) for rate in rates
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, init_values, norm_eps, variant.mlp) for rate in rates
         )
         self.norm = nn.Identity() if use_mean_pooling else nn.LayerNorm(embed_dim, eps=norm_eps)
         self.fc_norm = nn.LayerNorm(embed_dim, eps=norm_eps) if use_mean_pooling else None
@@ -112,15 +124,15 @@ class VisionTransformer(nn.Module):
         """``positions`` (1, class tokens + patches of a square, dim) as this network has them for another image.
 
         parity: bicubic by *scale factor* with 0.1 added to the patch counts; an explicit target size samples other
-        points and breaks published weights (DINO vision_transformer.py).
+        points and breaks published weights (DINO vision_transformer.py). Networks with registers are DINOv2's, and
+        those have an explicit size and antialiasing.
         """
         classes = self.num_class_tokens
         num_patches = positions.shape[1] - classes
-        rows, columns = height // self.patch_size, width // self.patch_size
-        if rows * columns == num_patches and height == width:
+        size = height // self.patch_size, width // self.patch_size
+        if size[0] * size[1] == num_patches and height == width:
             return positions
-        factor = ((rows + 0.1) / num_patches**0.5, (columns + 0.1) / num_patches**0.5)
-        matrix = self._resampling_matrix(int(num_patches**0.5), (rows, columns), factor)
+        matrix = self._resampling_matrix(round(num_patches**0.5), size)
         with torch.autocast(positions.device.type, enabled=False):
             patches = matrix @ positions[0, classes:]
         return torch.cat((positions[:, :classes], patches[None]), dim=1)
@@ -131,18 +143,11 @@ class VisionTransformer(nn.Module):
         side = self.patch_size * round((self.pos_embed.shape[1] - self.num_class_tokens) ** 0.5)
         return self.resample_positions(positions.to(self.pos_embed), side, side)
 
-    def _resampling_matrix(self, side: int, size: tuple[int, int], factor: tuple[float, float]) -> torch.Tensor:
-        """The bicubic resize as the linear map it is, (new patches, old patches), made once for every size.
-
-        A product has a deterministic gradient on every device; the gradient of ``interpolate`` has not.
-        """
+    def _resampling_matrix(self, side: int, size: tuple[int, int]) -> torch.Tensor:
+        """``resampling_matrix`` on the device, made once for every size."""
         key = (side, size, self.pos_embed.dtype, self.pos_embed.device)
         if key not in self._resampling:
-            units = torch.eye(side * side, dtype=torch.float64).view(1, side * side, side, side)
-            resized = F.interpolate(units, scale_factor=factor, mode="bicubic", recompute_scale_factor=False)
-            if resized.shape[-2:] != size:
-                raise ValueError(f"positions for {size} patches became {tuple(resized.shape[-2:])}")
-            matrix = resized.flatten(2)[0].t().contiguous()
+            matrix = resampling_matrix(side, size, exact=self.num_registers > 0)
             self._resampling[key] = to_device(matrix, self.pos_embed.device, self.pos_embed.dtype)
         return self._resampling[key]
 
@@ -162,7 +167,8 @@ class VisionTransformer(nn.Module):
         prefix = [(self.cls_token + positions[:, : self.num_class_tokens]).expand(batch, -1, -1)]
         if self.register_tokens is not None:
             prefix.append(self.register_tokens.expand(batch, -1, -1))
-        return torch.cat((*prefix, patches + positions[:, self.num_class_tokens :]), dim=1)
+        tokens = torch.cat((*prefix, patches + positions[:, self.num_class_tokens :]), dim=1)
+        return tokens if self.norm_pre is None else self.norm_pre(tokens)
 
     # ---- through the blocks -----------------------------------------------------------------------------------------
 
@@ -300,22 +306,24 @@ class VisionTransformer(nn.Module):
         return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x), groups, queries)
 
 
-def pack(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Groups]:
-    """(samples, tokens, dim) tensors -> the rows of all of them in one matrix, and how these belong together."""
-    groups = [(t.shape[0], t.shape[1]) for t in tokens]
-    rows = [t.flatten(0, 1) for t in tokens]
-    return torch.cat(rows) if len(rows) > 1 else rows[0], groups
+def resampling_matrix(side: int, size: tuple[int, int], exact: bool) -> torch.Tensor:
+    """The bicubic resize of a square grid as the linear map it is: (new patches, old patches), float64.
+
+    ``exact``: to this size with antialiasing, else by the factor of ``size`` with 0.1 added. A product has a
+    deterministic gradient on every device; the gradient of ``interpolate`` has not.
+    """
+    units = torch.eye(side * side, dtype=torch.float64).view(1, side * side, side, side)
+    if exact:
+        resized = F.interpolate(units, size=size, mode="bicubic", antialias=True)
+    else:
+        factor = tuple((count + 0.1) / side for count in size)
+        resized = F.interpolate(units, scale_factor=factor, mode="bicubic", recompute_scale_factor=False)
+    if resized.shape[-2:] != size:
+        raise ValueError(f"positions for {size} patches became {tuple(resized.shape[-2:])}")
+    return resized.flatten(2)[0].t().contiguous()
 
 
-def group_by_size(crops: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Consecutive crops of one size, concatenated along the batch."""
-    groups: list[list[torch.Tensor]] = []
-    for crop in crops:
-        if groups and groups[-1][0].shape[-2:] == crop.shape[-2:]:
-            groups[-1].append(crop)
-        else:
-            groups.append([crop])
-    return [torch.cat(group) if len(group) > 1 else group[0] for group in groups]
+SIZES = ("micro", "tiny", "small", "base", "large", "huge", "giant2")
 
 
 def vit_micro(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
@@ -337,3 +345,13 @@ def vit_base(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
 
 def vit_large(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
     return network(embed_dim=1024, depth=24, num_heads=16, **kwargs)
+
+
+def vit_huge(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
+    """MAE's and CLIP's."""
+    return network(embed_dim=1280, depth=32, num_heads=16, **kwargs)
+
+
+def vit_giant2(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
+    """DINOv2's, the only one with SwiGLU."""
+    return network(**{"embed_dim": 1536, "depth": 40, "num_heads": 24, "variant": Variant(mlp="swiglu")} | kwargs)

@@ -102,6 +102,14 @@ def rename_tokens_and_scales(state: State) -> State:
     return renamed(state, lambda name: names.get(name, re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name)))
 
 
+def name_gates(state: State) -> State:
+    """timm's names of DINOv2's SwiGLU, which are those of a plain MLP -> DINOv2's. Its blocks have LayerScale."""
+    first, second = (state.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
+    if first is None or second is None or first.shape[0] != 2 * second.shape[1] or "blocks.0.gamma_1" not in state:
+        return state
+    return renamed(state, lambda name: name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."))
+
+
 HUGGING_FACE = (  # names of transformers' ViT and Dinov2, in files and (since version 5) in memory -> ours
     (r"^embeddings\.(cls_token|register_tokens)$", r"\1"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -117,6 +125,8 @@ HUGGING_FACE = (  # names of transformers' ViT and Dinov2, in files and (since v
     (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
     (r"\.layer_scale([12])\.lambda1$", r".gamma_\1"),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
     (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
 )
 
@@ -169,8 +179,14 @@ def to_timm(state: State, fold_class_position: bool | None = None) -> State:
             fold_class_position = "register_tokens" in state or not position.any()
         state["cls_token"] = token + position if fold_class_position else token.clone()
         state["pos_embed"] = patches.clone() if fold_class_position else torch.cat((position, patches), dim=1)
-    names = {"register_tokens": "reg_token"}
-    return {names.get(name, re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)): t for name, t in state.items()}
+    for ours, theirs in (
+        (r"^register_tokens$", "reg_token"),
+        (r"\.gamma_([12])$", r".ls\1.gamma"),
+        (r"\.mlp\.w12\.", ".mlp.fc1."),
+        (r"\.mlp\.w3\.", ".mlp.fc2."),
+    ):
+        state = {re.sub(ours, theirs, name): tensor for name, tensor in state.items()}
+    return state
 
 
 def grouped(names: list[str]) -> str:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection
 
 from models.layouts.names import State, square_side
+from models.vit import Variant
 
 NAME_OF_SHAPE = {  # (width, blocks); a test compares it with models/vit.py
     (128, 4): "vit_micro",
@@ -11,6 +12,8 @@ NAME_OF_SHAPE = {  # (width, blocks); a test compares it with models/vit.py
     (384, 12): "vit_small",
     (768, 12): "vit_base",
     (1024, 24): "vit_large",
+    (1280, 32): "vit_huge",
+    (1536, 40): "vit_giant2",
 }
 
 
@@ -18,7 +21,8 @@ def vit_arguments(state: State) -> dict | None:
     """Arguments of ``VisionTransformer``, all but ``num_heads``, which no shape shows; None for other networks."""
     try:
         patch, classes, positions = state["patch_embed.proj.weight"], state["cls_token"], state["pos_embed"]
-        hidden, qkv = state["blocks.0.mlp.fc1.weight"], state["blocks.0.attn.qkv.weight"]
+        qkv, gated = state["blocks.0.attn.qkv.weight"], "blocks.0.mlp.w12.weight" in state
+        hidden = state["blocks.0.mlp.w3.weight"].t() if gated else state["blocks.0.mlp.fc1.weight"]
     except KeyError:
         return None
     side = square_side(positions.shape[1] - classes.shape[1])
@@ -29,12 +33,13 @@ def vit_arguments(state: State) -> dict | None:
         "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
         "patch_size": patch.shape[-1],
         "img_size": side * patch.shape[-1],
-        "mlp_ratio": hidden.shape[0] / hidden.shape[1],
+        "mlp_ratio": hidden.shape[0] / hidden.shape[1] * (1.5 if gated else 1),
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "init_values": 1e-5 if "blocks.0.gamma_1" in state else 0.0,
         "num_class_tokens": classes.shape[1],
         "num_registers": state["register_tokens"].shape[1] if "register_tokens" in state else 0,
         "use_mean_pooling": "fc_norm.weight" in state and "norm.weight" not in state,
+        "variant": Variant(mlp="swiglu" if gated else "gelu"),
     }
 
 
@@ -76,11 +81,11 @@ def arch_of(state: State) -> str | None:
     return SWIN_OF_SHAPE.get((shape["embed_dim"], shape["depths"])) if shape else None
 
 
-GATED = re.compile(r"blocks\.\d+\.mlp\.(w1|w12|weights_in|gate_proj|fc1_g)\.weight")
+GATED = re.compile(r"blocks\.\d+\.mlp\.(w1|gate_proj|fc1_g)\.weight")
 
 
 def gated_mlp(state: State) -> str | None:
-    """The name of a weight that shows SwiGLU in a vision transformer's blocks, which none of ours has."""
+    """The name of a weight that shows a gate in a vision transformer's blocks that is not DINOv2's SwiGLU."""
     for name, tensor in state.items():
         second = state.get(name.replace(".fc1.", ".fc2."))
         packed = re.fullmatch(r"blocks\.\d+\.mlp\.fc1\.weight", name) and second is not None
@@ -132,7 +137,7 @@ def nearest_layout(names: Collection[str]) -> str:
 def describe(state: State) -> str:
     """What network the tensors are, in words."""
     if name := gated_mlp(state):
-        return f"vision transformer with SwiGLU ({name}), which those here do not have"
+        return f"vision transformer with a gated MLP ({name}) that is not DINOv2's"
     shape = vit_arguments(state)
     if shape:
         name = arch_of(state) or "vision transformer"
@@ -140,6 +145,7 @@ def describe(state: State) -> str:
         extras = [f"{shape['num_class_tokens']} class tokens"] * (shape["num_class_tokens"] > 1)
         extras += [f"{shape['num_registers']} registers"] * (shape["num_registers"] > 0)
         extras += ["LayerScale"] * (shape["init_values"] > 0)
+        extras += ["SwiGLU"] * (shape["variant"].mlp == "swiglu")
         extras += ["mean pooling"] * shape["use_mean_pooling"]
         return ", ".join(
             [
@@ -173,7 +179,7 @@ def describe(state: State) -> str:
 def remedy(state: State) -> str:
     """What to do about a file that shows no network of ours."""
     if gated_mlp(state):
-        return "take a network without SwiGLU (of DINOv2, small, base or large instead of giant)"
+        return "take a network without it; of those with a gate only DINOv2's giant is known here"
     if vit_arguments(state) or swin_arguments(state):
         return "nothing here has that shape: pass its --arch"
     return "pass its --arch if it is a network of timm or torchvision"

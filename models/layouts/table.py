@@ -16,6 +16,7 @@ from models.layouts.names import (
     State,
     add_class_position,
     join_query_key_value,
+    name_gates,
     rename_hugging_face,
     rename_tokens_and_scales,
     strip_wrappers,
@@ -76,7 +77,7 @@ def _masks_by_attention(file: dict) -> bool:
     return "attmask" in str(recorded_arguments(file).get("pred_shape"))
 
 
-RENAMED = (strip_wrappers, rename_tokens_and_scales, add_class_position)
+RENAMED = (strip_wrappers, rename_tokens_and_scales, name_gates, add_class_position)
 CHUNKED = (strip_wrappers, unchunk_blocks, rename_tokens_and_scales, add_class_position)
 HUGGING = (strip_wrappers, rename_hugging_face, join_query_key_value)
 HIERARCHIES = ("layers.0.", "stage0.0.proj.", "layer1.0.norm_embed.")  # Swin, CvT, Vision Longformer

@@ -11,17 +11,19 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
+from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from models import SWIN, build_backbone, swin, vit
+from models.blocks import SwiGLU
 from models.checkpoints import load_backbone, load_tensors, main, network_from_file, weights_hash
 from models.layouts.names import to_timm
 from models.layouts.shapes import NAME_OF_SHAPE, SWIN_OF_SHAPE, describe, nearest_layout, swin_arguments, vit_arguments
 from models.layouts.table import recorded_arguments, recorded_image_size
 from models.reading import choose_tensors, read_backbone
 from models.safe_load import CheckpointError, load_file
-from models.vit import VisionTransformer
+from models.vit import Variant, VisionTransformer
 from utils import UsageError, run_cli
 
 ROOT = Path(__file__).parents[2]
@@ -526,16 +528,35 @@ def test_the_nearest_layout_is_found_by_names_wherever_they_stand(layout, names)
     assert f"nearest is {layout}: " in nearest_layout(names)
 
 
-def test_dinov2_with_swiglu_is_refused_by_what_is_missing_here(tmp_path):
-    state = dinov2_names(tiny(init_values=1.0, masked_im_modeling=True).state_dict(), chunk=1)
+def test_dinov2_with_swiglu_loads_under_its_own_names_and_timms(tmp_path):
+    model = tiny(variant=Variant(mlp="swiglu"), init_values=1.0, num_registers=2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    images = torch.randn(2, 3, 40, 40)
+    for file in (dinov2_names(model.state_dict(), chunk=1), to_timm(model.state_dict())):
+        state, _ = read_backbone(saved(tmp_path, file))
+        assert "SwiGLU" in describe(state) and vit_arguments(state)["variant"] == Variant(mlp="swiglu")
+        other = VisionTransformer(**vit_arguments(state), num_heads=3)
+        assert load_backbone(other, saved(tmp_path, file)).complete
+        torch.testing.assert_close(other(images), model(images))
+    packed = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU, "mlp_ratio": 2 * 32 / 12}
+    theirs = timm_vit(reg_tokens=2, no_embed_class=True, init_values=1.0, **packed).eval()
+    theirs.load_state_dict(to_timm(model.state_dict()), strict=True)
+    torch.testing.assert_close(theirs(images[..., :32, :32]), model(images[..., :32, :32]))
+    giant = vit.vit_giant2(network=dict)
+    assert (SwiGLU(giant["embed_dim"], 4 * giant["embed_dim"]).w3.in_features, giant["variant"].mlp) == (4096, "swiglu")
+
+
+def test_another_gate_than_dinov2s_is_refused_by_what_is_missing_here(tmp_path):
+    state = tiny().state_dict()
     plain = {name: tensor for name, tensor in state.items() if ".mlp." not in name}
-    own = plain | {f"blocks.0.{i}.mlp.{part}.weight": torch.zeros(8, 8) for i in (0, 1) for part in ("w12", "w3")}
-    packed = {f"blocks.{i}.mlp.fc1.weight": torch.zeros(64, 12) for i in (0, 1)}  # as timm has it
+    apart = plain | {f"blocks.{i}.mlp.{part}.weight": torch.zeros(8, 8) for i in (0, 1) for part in ("w1", "w2", "w3")}
+    packed = {f"blocks.{i}.mlp.fc1.weight": torch.zeros(64, 12) for i in (0, 1)}  # without LayerScale, not DINOv2's
     packed |= {f"blocks.{i}.mlp.fc2.weight": torch.zeros(12, 32) for i in (0, 1)}
-    for file in (own, tiny().state_dict() | packed):
+    for file in (apart, state | packed):
         for function in (network_from_file, lambda path: load_backbone(tiny(), path)):
             text = refusal(function, saved(tmp_path, file)).splitlines()[0]
-            assert "SwiGLU (blocks.0.mlp." in text and "take a network without SwiGLU" in text and "--arch" not in text
+            assert "gated MLP (blocks.0.mlp." in text and "take a network without it" in text and "--arch" not in text
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from models.checkpoints import load_tensors, main, network_from_file
 from models.layouts.shapes import vit_arguments
 from models.reading import read_backbone
 from models.safe_load import CheckpointError
-from models.vit import VisionTransformer
+from models.vit import Variant, VisionTransformer
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
 SIZES |= {"image_size": 32, "patch_size": 8}
@@ -51,6 +51,7 @@ MODELS = [  # class, further options, layout, prefix of a file's names
     ("ViTForImageClassification", {}, "Hugging Face ViT", "vit."),
     ("ViTMAEForPreTraining", {**DECODER, "decoder_intermediate_size": 24}, "Hugging Face ViT", "vit."),
     ("Dinov2Model", {}, "Hugging Face Dinov2", ""),
+    ("Dinov2Model", {"use_swiglu_ffn": True}, "Hugging Face Dinov2", ""),
     ("Dinov2ForImageClassification", {}, "Hugging Face Dinov2", "dinov2."),
     ("Dinov2WithRegistersModel", {"num_register_tokens": 3}, "Hugging Face Dinov2", ""),
 ]
@@ -89,20 +90,12 @@ def test_the_network_is_built_with_the_norms_of_the_library(library, tmp_path):
         torch.testing.assert_close(network.model.double().eval()(images), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_swiglu_is_refused_by_name(library, tmp_path):
-    theirs = made_by(library, "Dinov2Model", use_swiglu_ffn=True)
-    theirs.save_pretrained(tmp_path)
-    torch.save(theirs.state_dict(), tmp_path / "in_memory.pth")
-    for file in ("model.safetensors", "in_memory.pth"):
-        with pytest.raises(CheckpointError, match=r"SwiGLU \(blocks\.0\.mlp\.\w+\.weight\), which those here do not"):
-            network_from_file(tmp_path / file)
-
-
 # ---- where the library is not installed -----------------------------------------------------------------------------
 
 IN_FILES = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense"}
 IN_FILES |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
 DINOV2 = {"attn.proj": "attention.output.dense", "gamma_1": "layer_scale1.lambda1", "gamma_2": "layer_scale2.lambda1"}
+GATED = DINOV2 | {"mlp.w12": "mlp.weights_in", "mlp.w3": "mlp.weights_out"}
 TOP = {"pos_embed": "embeddings.position_embeddings", "patch_embed.proj": "embeddings.patch_embeddings.projection"}
 TOP |= {"norm": "layernorm", "cls_token": "embeddings.cls_token", "register_tokens": "embeddings.register_tokens"}
 
@@ -140,6 +133,7 @@ def vit(**options) -> VisionTransformer:
         ({"norm_eps": 1e-12}, IN_FILES, "Hugging Face ViT"),
         ({"init_values": 1.0}, DINOV2, "Hugging Face Dinov2"),
         ({"init_values": 1.0, "num_registers": 2}, DINOV2, "Hugging Face Dinov2"),
+        ({"init_values": 1.0, "variant": Variant(mlp="swiglu")}, GATED, "Hugging Face Dinov2"),
     ],
 )
 def test_their_names_become_ours_below_any_prefix(tmp_path, prefix, options, parts, layout):

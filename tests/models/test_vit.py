@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from methods.base import Clock
 from models import build_backbone
-from models.vit import VisionTransformer
+from models.vit import Variant, VisionTransformer
 
 SIZES = {"patch_size": 8, "img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 3}
 
@@ -177,6 +177,26 @@ def test_positions_equal_the_bicubic_resize_by_scale_factor(size, double):
     resized = F.interpolate(grid, scale_factor=((rows + 0.1) / 4, (columns + 0.1) / 4), mode="bicubic")
     expected = torch.cat((vit.pos_embed[:, :1], resized.flatten(2).transpose(1, 2)), dim=1)
     torch.testing.assert_close(vit.position_embedding(*size), expected)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 56), (96, 96), (43, 49)])
+def test_positions_of_a_network_with_registers_equal_the_antialiased_resize_to_the_exact_size(size, double):
+    vit = VisionTransformer(**SIZES, num_registers=1)
+    grid = vit.pos_embed[:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(grid, size=(size[0] // 8, size[1] // 8), mode="bicubic", antialias=True)
+    expected = torch.cat((vit.pos_embed[:, :1], resized.flatten(2).transpose(1, 2)), dim=1)
+    torch.testing.assert_close(vit.position_embedding(*size), expected)
+
+
+def test_a_network_with_swiglu_and_a_first_norm_equals_the_textbook_form(double):
+    vit, images = VisionTransformer(**SIZES, variant=Variant(mlp="swiglu", norm_first=True)), torch.randn(2, 3, 32, 32)
+    torch.nn.init.normal_(vit.norm_pre.weight)
+    mlp, x = vit.blocks[0].mlp, torch.randn(5, 24)
+    x1, x2 = (x @ mlp.w12.weight.t() + mlp.w12.bias).split(64, dim=-1)
+    torch.testing.assert_close(mlp(x), (x1 * x1.sigmoid() * x2) @ mlp.w3.weight.t() + mlp.w3.bias)
+    tokens = vit.prepare_tokens(images)
+    torch.testing.assert_close((tokens / vit.norm_pre.weight).mean(dim=-1), torch.zeros(2, 17))
+    torch.testing.assert_close(vit.forward_features(images), textbook(vit, images))
 
 
 def test_recomputed_activations_give_the_same_gradients(double):

@@ -3,9 +3,53 @@
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
-from models.blocks import BatchDraws, Block, kept_samples
+from models.blocks import Block
+from models.layouts.shapes import vit_arguments
+from models.layouts.table import CHUNKED
+from models.stochastic_depth import BatchDraws, kept_samples
+from models.vit import VisionTransformer
 from tests.parity import Case
+from tests.parity.tolerance import EXACT
+
+
+def our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A student's own state dict as the reader of its checkpoints names it."""
+    for step in CHUNKED:
+        state = step(state)
+    return state
+
+
+def student(case: Case) -> Iterator[tuple]:
+    state = our_names(case.state("sd"))
+    model = VisionTransformer(**vit_arguments(state), num_heads=case.params["num_heads"], masked_im_modeling=True)
+    model.to(case.dtype).load_state_dict(state)
+    yield "parameters", model.blocks[0].norm1.eps, case.params["layernorm_eps"], EXACT
+    for name in case.names("in/image_"):
+        tag, images = name.removeprefix("in/image_"), case.tensor(name)
+        computed = {f"out/{tag}/{key}": value for key, value in outputs_of(model, images).items()}
+        for label in case.names(f"out/{tag}/"):
+            yield label, computed[label], case.arrays[label]
+
+
+def outputs_of(model: VisionTransformer, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the original's encoder returns, by its names."""
+    tokens, classes, prefix = model.forward_features(images), model.num_class_tokens, model.num_prefix_tokens
+    blocks = model.forward_blocks(images)
+    found = {
+        "x_norm_clstoken": tokens[:, 0],
+        "x_norm_regtokens": tokens[:, classes:prefix],
+        "x_norm_patchtokens": tokens[:, prefix:],
+        "x_prenorm": blocks[-1],
+        "last_selfattention": model.get_last_selfattention(images),
+        "all_block_tokens": torch.stack([model.prepare_tokens(images), *blocks]),
+    }
+    grid = [side // model.patch_size for side in images.shape[-2:]]
+    for index, layer in enumerate(model.get_intermediate_layers(images, 2)):
+        found[f"inter{index}_cls"] = layer[:, 0]
+        found[f"inter{index}_patch_map"] = layer[:, prefix:].transpose(1, 2).unflatten(-1, grid)
+    return found
 
 
 def stochastic_depth(case: Case) -> Iterator[tuple]:
@@ -30,4 +74,4 @@ def stochastic_depth(case: Case) -> Iterator[tuple]:
             yield f"{kind}/out/y, {'gathered' if skip else 'multiplied'}", y.view_as(x), case.arrays[f"{kind}/out/y"]
 
 
-RUNNERS = {"unic/stochastic_depth": stochastic_depth}
+RUNNERS = {"unic/student_vit*": student, "unic/stochastic_depth": stochastic_depth}
