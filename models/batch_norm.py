@@ -42,6 +42,15 @@ class BatchNormOverProcesses(_BatchNorm):
         self.__dict__.update(original.__dict__)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._then(self._normalised(x))
+
+    def _then(self, y: torch.Tensor) -> torch.Tensor:
+        """What some networks of timm have their batch norms do besides."""
+        for part in ("drop", "act"):
+            y = self._modules[part](y) if part in self._modules else y
+        return y
+
+    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
         y, mean, var, count = _Normalise.apply(x, self.weight, self.bias, self.eps)

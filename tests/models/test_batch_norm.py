@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from timm.layers import BatchNormAct2d
 
 from models import build_backbone
 from models.batch_norm import BatchNormOverProcesses, batch_norm_of_the_batch
@@ -52,3 +53,13 @@ def test_half_precision_is_normalised_in_float32():
     y = BatchNormOverProcesses(nn.BatchNorm1d(4))(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), nn.BatchNorm1d(4)(x.float()), rtol=0.01, atol=0.01)
+
+
+def test_what_a_norm_of_timm_does_after_normalising_is_done_as_well():
+    norm = BatchNormAct2d(5, act_layer=nn.SiLU, drop_layer=nn.Dropout).double()
+    norm.drop.p = 1.0
+    ours, x = BatchNormOverProcesses(copy.deepcopy(norm)), torch.randn(3, 5, 4, 2, dtype=torch.float64)
+    assert not ours(x).any() and not norm(x).any()
+    norm.drop.p = ours.drop.p = 0.0
+    torch.testing.assert_close(ours(x), norm(x))
+    torch.testing.assert_close(ours.eval()(x), norm.eval()(x))
