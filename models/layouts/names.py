@@ -92,7 +92,12 @@ def strip_wrappers(state: State) -> State:
 
 
 def unchunk_blocks(state: State) -> State:
-    """``blocks.<chunk>.<i>.`` -> ``blocks.<i>.``: DINOv2 and UNIC group blocks in chunks; i counts through them."""
+    """``blocks.<chunk>.<i>.`` -> ``blocks.<i>.``: DINOv2 and UNIC group blocks in chunks; i counts through them.
+
+    Those of networks of several stages, which have no class token, are numbered anew in every stage.
+    """
+    if "cls_token" not in state:
+        return state
     return renamed(state, lambda name: re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name))
 
 

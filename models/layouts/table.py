@@ -108,13 +108,13 @@ LAYOUTS = (
     Layout("linear classifier", None, lambda c: all("linear" in name.split(".") for name in c.tensors)),
     Layout("DINOv2", "dinov2", lambda c: "mask_token" in c.tensors
            and c.has("register_tokens", "blocks.0.ls1.", "blocks.0.0.ls1."), CHUNKED),
-    Layout("UNIC encoder", "unic", lambda c: c.has("blocks.0.0."), CHUNKED),
+    Layout("UNIC encoder", "unic", lambda c: c.has("blocks.0.0.") and c.has("cls_token"), CHUNKED),
     Layout("MAE with decoder", "mae", lambda c: c.has("decoder_blocks."), RENAMED),
     Layout("fine-tuned MAE", "mae", lambda c: "model" in c.file and c.has("fc_norm."), RENAMED),
     Layout("supervised Swin", "swin", lambda c: "model" in c.file and c.has(*HIERARCHIES)),
     Layout("DeiT", "deit", lambda c: "model" in c.file and c.has("head.", "head_dist."), RENAMED),
     Layout("MAE", "mae", lambda c: "model" in c.file, RENAMED),
-    Layout("CLIP", "clip", lambda c: c.has("visual.")),
+    Layout("CLIP", "clip", lambda c: c.has("visual."), norm_eps=1e-5),  # its names: models/layouts/clip.py
     Layout("timm", None, lambda c: c.has("reg_token", "blocks.0.ls1.", "fc_norm.", "norm_pre.", "head."), RENAMED),
     Layout("iBOT backbone", "ibot", lambda c: "masked_embed" in c.tensors),
     Layout("backbone under state_dict (iBOT, AttMask)", None, lambda c: list(c.file) == ["state_dict"]),

@@ -163,6 +163,14 @@ def test_the_encoder_of_unic_alone_loads(tmp_path):
     assert report.info.method == "unic" and report.complete
 
 
+def test_stages_of_a_library_are_no_chunks_of_a_vision_transformer(tmp_path):
+    model = build_backbone("timm/mobilenetv3_small_050").eval()
+    report = load_backbone(build_backbone("timm/mobilenetv3_small_050"), saved(tmp_path, model.state_dict()))
+    assert report.complete and report.info.method != "unic"
+    file = {"teacher": model.state_dict(), "tutelage": {"arch": "timm/mobilenetv3_small_050"}}
+    assert load_backbone(build_backbone("timm/mobilenetv3_small_050"), saved(tmp_path, file)).complete
+
+
 def test_mae_with_and_without_decoder_and_deit_with_classifier_load(tmp_path):
     state = tiny().state_dict()
     decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8)}
