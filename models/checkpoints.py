@@ -153,9 +153,21 @@ def network_from_file(
 ) -> Network:
     """Build the architecture a file was written with, or the given one, and load its backbone into it."""
     state, info = read_backbone(path, checkpoint_key)
-    arch, arguments = choose_architecture(state, info, arch, patch_size, window_size)
-    model = build_backbone(arch, **arguments)
-    return Network(model, arch, arguments, load_tensors(model, state, info))
+    return network_from_state(state, info, arch, patch_size, window_size)
+
+
+def network_from_state(
+    state: State,
+    info: Info,
+    arch: str | None = None,
+    patch_size: int | None = None,
+    window_size: int | None = None,
+    **arguments: object,
+) -> Network:
+    """``network_from_file`` for what ``read_backbone`` returned; ``arguments``: further ones of the network."""
+    arch, chosen = choose_architecture(state, info, arch, patch_size, window_size)
+    model = build_backbone(arch, **chosen, **arguments)
+    return Network(model, arch, chosen | arguments, load_tensors(model, state, info))
 
 
 def choose_architecture(

@@ -34,8 +34,11 @@ def torchvision_backbone(arch: str, valid: list[str]) -> nn.Module:
     return model
 
 
-def timm_backbone(name: str, drop_path_rate: float) -> nn.Module:
-    """``timm.create_model(name)`` without classifier or weights, prepared for crops of several sizes."""
+def timm_backbone(name: str, drop_path_rate: float, pretrained: bool = False) -> nn.Module:
+    """``timm.create_model(name)`` without classifier, prepared for crops of several sizes.
+
+    ``pretrained``: with weights, which timm fetches from the network unless it has them.
+    """
     import timm
 
     if not timm.is_model(name):
@@ -46,10 +49,15 @@ def timm_backbone(name: str, drop_path_rate: float) -> nn.Module:
     for sizes in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
         for drop in ({"drop_path_rate": drop_path_rate}, {}) if drop_path_rate else ({},):
             try:
-                model = timm.create_model(name, pretrained=False, num_classes=0, **sizes, **drop)
+                model = timm.create_model(name, pretrained=pretrained, num_classes=0, **sizes, **drop)
             except TypeError as error:  # this family has no such argument
                 last_error = error
                 continue
+            except Exception as error:
+                if not pretrained:
+                    raise
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise UsageError(f"timm/{name}: its weights cannot be fetched: {reason}") from error
             model.embed_dim = _pooled_width(name, model)
             return model
     raise UsageError(f"--arch timm/{name}: timm cannot build it: {last_error}")

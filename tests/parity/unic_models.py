@@ -5,11 +5,16 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from evaluation.zero_shot import class_logits, unstandardised
 from models.blocks import Block
+from models.checkpoints import load_tensors
+from models.layouts.clip import from_open_clip
 from models.layouts.shapes import vit_arguments
 from models.layouts.table import CHUNKED
+from models.reading import read_backbone
 from models.stochastic_depth import BatchDraws, kept_samples
-from models.vit import VisionTransformer
+from models.teachers import IMAGENET, Pixels, Teacher
+from models.vit import Variant, VisionTransformer
 from tests.parity import Case
 from tests.parity.tolerance import EXACT
 
@@ -23,7 +28,7 @@ def our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def student(case: Case) -> Iterator[tuple]:
     state = our_names(case.state("sd"))
-    model = VisionTransformer(**vit_arguments(state), num_heads=case.params["num_heads"], masked_im_modeling=True)
+    model = built(state, case.params["num_heads"], masked_im_modeling=True)
     model.to(case.dtype).load_state_dict(state)
     yield "parameters", model.blocks[0].norm1.eps, case.params["layernorm_eps"], EXACT
     for name in case.names("in/image_"):
@@ -74,4 +79,57 @@ def stochastic_depth(case: Case) -> Iterator[tuple]:
             yield f"{kind}/out/y, {'gathered' if skip else 'multiplied'}", y.view_as(x), case.arrays[f"{kind}/out/y"]
 
 
-RUNNERS = {"unic/student_vit*": student, "unic/stochastic_depth": stochastic_depth}
+def built(state: dict[str, torch.Tensor], heads: int, **options) -> VisionTransformer:
+    return VisionTransformer(**vit_arguments(state) | options, num_heads=heads)
+
+
+def teacher(name: str, network: VisionTransformer, images: torch.Tensor, pixels: Pixels = IMAGENET) -> Teacher:
+    """A teacher whose student has its own patches and sees these images."""
+    side = images.shape[-1]
+    return Teacher(name, network, network.embed_dim, side, side // network.patch_size, pixels).to(images.dtype)
+
+
+def teachers(case: Case) -> Iterator[tuple]:
+    p = case.params
+    for name, file in p["files"].items():
+        state, info = read_backbone(case.folder / file)
+        yield f"parameters {name} key", info.key, p["ckpt_key"][name] if info.key else None, EXACT
+        network = built(state, p["dims"][name]["num_heads"])
+        load_tensors(network, state, info)
+        yield f"parameters {name} depth", network.depth, p["dims"][name]["depth"], EXACT
+        network.to(case.dtype)
+        for tag in ("native", "bigger"):
+            images = case.tensor(f"in/image_{tag}")
+            computed = dict(zip(("cls", "patch"), teacher(name, network, images)(images), strict=True))
+            computed["x_prenorm"] = network.forward_blocks(images)[-1]
+            for label in case.names(f"out/{name}/{tag}/"):
+                yield label, computed[label.rpartition("/")[2]], case.arrays[label]
+
+
+def teacher_openclip(case: Case) -> Iterator[tuple]:
+    p = case.params
+    state, info = read_backbone(case.folder / p["file"])
+    state = from_open_clip(state)
+    variant = Variant(mlp="quick_gelu", norm_first=True)
+    network = built(state, p["num_heads"], variant=variant, norm_eps=info.norm_eps)
+    load_tensors(network, state, info)
+    yield "parameters layernorm_eps", info.norm_eps, p["layernorm_eps"], EXACT
+    images = case.tensor("in/image")
+    classes, patches = teacher("clip", network.to(case.dtype), images)(images)
+    yield "out/cls", classes, case.arrays["out/cls"]
+    yield "out/patch", patches, case.arrays["out/patch"]
+    projection = state["head.weight"].to(case.dtype)
+    yield "out/projected", classes @ projection.t(), case.arrays["out/projected"]
+    statistics = case.tensor("in/zs_mean"), case.tensor("in/zs_std")
+    features = unstandardised(case.tensor("in/zs_student_pred"), *statistics)
+    logits = class_logits(features, projection, case.tensor("in/zs_text"))
+    yield "out/zs_logits", logits, case.arrays["out/zs_logits"]
+    yield "out/zs_pred", logits.argmax(dim=1), case.arrays["out/zs_pred"]
+
+
+RUNNERS = {
+    "unic/teachers": teachers,
+    "unic/teacher_openclip": teacher_openclip,
+    "unic/student_vit*": student,
+    "unic/stochastic_depth": stochastic_depth,
+}
