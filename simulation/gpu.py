@@ -207,10 +207,13 @@ class _Answers(TorchFunctionMode):
 _sdpa = torch.nn.functional.scaled_dot_product_attention
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None):
-    """The kernel that a GPU would choose; torch chooses by the driver it finds, and finds none."""
-    if not on_device(q) or q.dtype == torch.float64:
-        return _sdpa(q, k, v, attn_mask=attn_mask)
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, **options):
+    """The kernel that a GPU would choose; torch chooses by the driver it finds, and finds none.
+
+    ``options`` as networks of timm pass them: what drops or hides nothing changes no kernel, the rest goes to torch.
+    """
+    if not on_device(q) or q.dtype == torch.float64 or any(options.values()):
+        return _sdpa(q, k, v, attn_mask=attn_mask, **options)
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
     bias = attn_mask
