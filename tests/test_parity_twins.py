@@ -47,6 +47,11 @@ OF_THE_PRODUCT = [  # numbers that cannot be set here, or that arrays show anywa
     "eval_core/linear_probe_training momentum",
     "udi/loss_no_patch student_temp",
     "udi/loss_no_patch center_momentum",
+    "unic/student_vit interpolate_offset",
+    "unic/student_vit_reg_ls_swiglu num_register_tokens",
+    "unic/stochastic_depth persample_rate",
+    "unic/teachers dims dbotft depth",
+    "unic/teacher_openclip logit_scale",
 ]
 
 

@@ -4,11 +4,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.preprocess import MEAN, STD
+from methods.base import Clock
 from models import build_backbone
 from models.batch_norm import synchronise_batch_norm
 from models.checkpoints import weights_hash
 from models.teachers import CLIP, IMAGENET, PUBLISHED, Pixels, Teacher, build_teachers, check_teachers
-from models.vit import VisionTransformer
+from models.vit import Variant, VisionTransformer
+from simulation.gpu import DEVICE, fake_gpu, obstacle
+from simulation.watch import Record
 from utils import UsageError
 
 NAMES = "dino_vitbase_16,deit3_vitbase_16,ibot_vitbase_16,dbotft_vitbase_16"
@@ -233,3 +236,52 @@ def test_files_that_cannot_be_teachers_are_refused_in_one_line(tmp_path, file):
         with pytest.raises(UsageError) as refused:
             build_teachers(text, 32, 8, download=False)
         assert words in str(refused.value) and "\n" not in str(refused.value), refused.value
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+NETWORKS = {
+    "own size, SwiGLU, registers": lambda: VisionTransformer(
+        **SIZES, num_registers=2, variant=Variant(mlp="swiglu", norm_first=True)
+    ),
+    "Swin": lambda: build_backbone("swin_tiny"),
+    "batch norm": lambda: build_backbone("timm/regnetx_002"),
+    "ResNet": lambda: build_backbone("resnet18"),
+    "timm": lambda: build_backbone("timm/vit_tiny_patch16_224"),
+}
+
+
+@pytest.mark.skipif(bool(obstacle()), reason=obstacle())
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_no_teacher_waits_for_the_gpu(make):
+    with fake_gpu() as gpu:
+
+        def teacher() -> Teacher:
+            return Teacher("any", make(), dim=1, side=64, grid=5, pixels=CLIP)
+
+        model = gpu.build(teacher, torch.float32, lambda module: module.place(torch.bfloat16))
+        images = torch.randn(4, 3, 40, 40, device=DEVICE)
+        for _ in range(2):
+            gpu.watch.record = Record()
+            with torch.autocast("cuda", torch.bfloat16):
+                classes, patches = model(images)
+        record = gpu.watch.record
+        assert not record.waits and not record.pageable and not record.in_half
+        assert patches.shape[:2] == (4, 25) and classes.dtype == patches.dtype == torch.float32
+
+
+@pytest.mark.skipif(bool(obstacle()), reason=obstacle())
+def test_no_student_that_drops_by_rank_waits_for_the_gpu():
+    with fake_gpu() as gpu:
+        sizes = {"num_registers": 2, "variant": Variant(mlp="swiglu"), "drop_path_rate": 0.3}
+        model = gpu.build(lambda: VisionTransformer(**SIZES, **sizes), torch.float32)
+        images = torch.randn(4, 3, 40, 40, device=DEVICE)
+        clock = Clock(0, 0, first_sample=4, global_batch=12)
+        for _ in range(2):
+            gpu.watch.record = Record()
+            with torch.autocast("cuda", torch.bfloat16):
+                blocks = model.forward_blocks(images, clock.batch_draws(2, 4))
+            sum(block.float().square().mean() for block in blocks).backward()
+        record = gpu.watch.record
+        assert not record.waits and not record.pageable and not record.in_half
+        assert sum(record.pinned.values()) == 1

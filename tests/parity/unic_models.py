@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from evaluation.zero_shot import class_logits, unstandardised
+from evaluation.zero_shot import LOGIT_SCALE, class_logits, unstandardised
 from models.blocks import Block
 from models.checkpoints import load_tensors
 from models.layouts.clip import from_open_clip
@@ -28,9 +28,17 @@ def our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def student(case: Case) -> Iterator[tuple]:
     state = our_names(case.state("sd"))
-    model = built(state, case.params["num_heads"], masked_im_modeling=True)
+    p, shape = case.params, vit_arguments(state)
+    model = built(state, p["num_heads"], masked_im_modeling=True)
     model.to(case.dtype).load_state_dict(state)
-    yield "parameters", model.blocks[0].norm1.eps, case.params["layernorm_eps"], EXACT
+    yield "parameters norms", model.blocks[0].norm1.eps, p["layernorm_eps"], EXACT
+    for name in ("embed_dim", "depth", "patch_size", "img_size", "mlp_ratio"):
+        yield f"parameters {name}", shape[name], p[name], EXACT
+    yield "parameters registers", model.num_registers, p["num_register_tokens"], EXACT
+    yield "parameters ffn", {"gelu": "mlp", "swiglu": "swiglufused"}[shape["variant"].mlp], p["ffn_layer"], EXACT
+    exact = model.num_registers > 0
+    yield "parameters positions", (0.0 if exact else 0.1), p["interpolate_offset"], EXACT
+    yield "parameters antialias", exact, p["interpolate_antialias"], EXACT
     for name in case.names("in/image_"):
         tag, images = name.removeprefix("in/image_"), case.tensor(name)
         computed = {f"out/{tag}/{key}": value for key, value in outputs_of(model, images).items()}
@@ -96,7 +104,9 @@ def teachers(case: Case) -> Iterator[tuple]:
         yield f"parameters {name} key", info.key, p["ckpt_key"][name] if info.key else None, EXACT
         network = built(state, p["dims"][name]["num_heads"])
         load_tensors(network, state, info)
-        yield f"parameters {name} depth", network.depth, p["dims"][name]["depth"], EXACT
+        for size in ("depth", "embed_dim"):
+            yield f"parameters {name} {size}", getattr(network, size), p["dims"][name][size], EXACT
+        yield f"parameters {name} norms", network.blocks[0].norm1.eps, p["layernorm_eps"], EXACT
         network.to(case.dtype)
         for tag in ("native", "bigger"):
             images = case.tensor(f"in/image_{tag}")
@@ -114,6 +124,9 @@ def teacher_openclip(case: Case) -> Iterator[tuple]:
     network = built(state, p["num_heads"], variant=variant, norm_eps=info.norm_eps)
     load_tensors(network, state, info)
     yield "parameters layernorm_eps", info.norm_eps, p["layernorm_eps"], EXACT
+    for name in ("embed_dim", "depth", "patch_size", "img_size"):
+        yield f"parameters {name}", vit_arguments(state)[name], p[name], EXACT
+    yield "parameters logit_scale", LOGIT_SCALE, p["logit_scale"], EXACT
     images = case.tensor("in/image")
     classes, patches = teacher("clip", network.to(case.dtype), images)(images)
     yield "out/cls", classes, case.arrays["out/cls"]
