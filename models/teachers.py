@@ -82,9 +82,9 @@ class Teacher(nn.Module):
         self.name, self.dim, self.side, self.grid, self.pixels = name, dim, side, grid, pixels
         self.about = about  # which network and file, for people
         self.network = network.requires_grad_(False)
-        mean, std, our_mean, our_std = (torch.tensor(v).view(3, 1, 1) for v in (*pixels, *IMAGENET))
-        self.register_buffer("scale", our_std / std, persistent=False)
-        self.register_buffer("shift", (our_mean - mean) / std, persistent=False)
+        (mean, std), (our_mean, our_std) = (torch.tensor(v, dtype=torch.float64) for v in (pixels, IMAGENET))
+        for buffer, value in (("scale", our_std / std), ("shift", (our_mean - mean) / std)):
+            self.register_buffer(buffer, value.view(3, 1, 1).to(torch.get_default_dtype()), persistent=False)
         self.eval()
 
     def train(self, mode: bool = True) -> "Teacher":

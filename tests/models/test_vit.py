@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from methods.base import Clock
-from models import build_backbone
+from models import FAMILIES, build_backbone
+from models.layouts.names import to_timm
 from models.vit import Variant, VisionTransformer
 
 SIZES = {"patch_size": 8, "img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 3}
@@ -226,6 +227,39 @@ def test_names_and_features_are_those_of_timm(arch):
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arch", "timms", "options"),
+    [
+        ("vit_giant2", "vit_giant_patch14_reg4_dinov2", {"num_registers": 4, "init_values": 1.0}),
+        (
+            "vit_huge",
+            "vit_huge_patch14_clip_quickgelu_224",
+            {"variant": Variant(mlp="quick_gelu", norm_first=True), "norm_eps": 1e-5},
+        ),
+    ],
+)
+def test_the_largest_networks_are_timms_at_another_size_too(arch, timms, options):
+    """Of one block; the number of blocks is compared by itself."""
+    import timm
+
+    def shallow(**arguments) -> VisionTransformer:
+        return VisionTransformer(**arguments | {"depth": 1})
+
+    ours = FAMILIES[0].networks[arch](shallow, patch_size=14, img_size=56, **options).eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    torch.nn.init.zeros_(ours.patch_embed.proj.bias)
+    theirs = timm.create_model(timms, num_classes=0, depth=1, img_size=56, dynamic_img_size=True).eval()
+    missing = theirs.load_state_dict(to_timm(ours.state_dict()), strict=False)
+    assert not missing.missing_keys and set(missing.unexpected_keys) <= {"patch_embed.proj.bias"}
+    with torch.no_grad():
+        for side in (56, 84) if ours.num_registers else (56,):  # others resize positions as DINO does
+            images = torch.randn(1, 3, side, side)
+            torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+    blocks = timm.create_model(timms, embed_dim=24, num_heads=1).blocks
+    assert FAMILIES[0].networks[arch](dict)["depth"] == len(blocks)
 
 
 def test_the_teacher_can_be_copied():
