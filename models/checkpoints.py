@@ -164,10 +164,11 @@ def network_from_state(
     window_size: int | None = None,
     **arguments: object,
 ) -> Network:
-    """``network_from_file`` for what ``read_backbone`` returned; ``arguments``: further ones of the network."""
+    """``network_from_file`` for what ``read_backbone`` returned; ``arguments``: what its tensors do not show."""
     arch, chosen = choose_architecture(state, info, arch, patch_size, window_size)
-    model = build_backbone(arch, **chosen, **arguments)
-    return Network(model, arch, chosen | arguments, load_tensors(model, state, info))
+    arguments = chosen | arguments
+    model = build_backbone(arch, **arguments)
+    return Network(model, arch, arguments, load_tensors(model, state, info))
 
 
 def choose_architecture(

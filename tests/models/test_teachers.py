@@ -92,6 +92,60 @@ def test_teachers_of_files_come_sorted_and_are_frozen_for_good(file):
     assert weights_hash(again) == weights_hash(first), "normalisation and place are no weights"
 
 
+def open_clip_names(state: dict) -> dict:
+    """Our names -> those of an image tower in open_clip's files, which hold a text tower as well."""
+    named = {}
+    for name, tensor in state.items():
+        for ours, theirs in (
+            ("norm_pre.", "ln_pre."),
+            ("blocks.", "transformer.resblocks."),
+            (".norm1.", ".ln_1."),
+            (".norm2.", ".ln_2."),
+            (".attn.qkv.", ".attn.in_proj_"),
+            (".attn.proj.", ".attn.out_proj."),
+            (".mlp.fc1.", ".mlp.c_fc."),
+            (".mlp.fc2.", ".mlp.c_proj."),
+        ):
+            name = name.replace(ours, theirs)
+        named[f"visual.{'ln_post' + name[4:] if name.startswith('norm.') else name}"] = tensor
+    named["visual.class_embedding"] = named.pop("visual.cls_token").flatten()
+    named["visual.positional_embedding"] = named.pop("visual.pos_embed")[0]
+    named["visual.conv1.weight"] = named.pop("visual.patch_embed.proj.weight")
+    del named["visual.patch_embed.proj.bias"]
+    text = {"logit_scale": torch.ones(()), "transformer.resblocks.0.ln_1.weight": torch.ones(5)}
+    return named | {"visual.proj": torch.zeros(128, 7)} | text
+
+
+def test_a_clip_is_read_with_its_activation_its_numbers_and_its_norms(tmp_path):
+    model = micro(variant=Variant(mlp="quick_gelu", norm_first=True), norm_eps=1e-5)
+    nn.init.zeros_(model.patch_embed.proj.bias)
+    torch.save(open_clip_names(model.state_dict()), tmp_path / "clip.pt")
+    (teacher,) = build_teachers(f"metaclip_micro_8={tmp_path / 'clip.pt'}", 32, 8, download=False)
+    assert teacher.pixels == CLIP and "QuickGELU" in teacher.about
+    images = torch.randn(2, 3, 32, 32)
+    tokens = model.forward_features(images * teacher.scale + teacher.shift)
+    torch.testing.assert_close(teacher(images), (tokens[:, 0], tokens[:, 1:]))
+    with pytest.raises(UsageError, match=r"metaclip_vithuge_14.*holds a vit_micro"):
+        build_teachers(f"metaclip_vithuge_14={tmp_path / 'clip.pt'}", 32, 8, download=False)
+
+
+def test_the_targets_of_the_published_layouts_are_those_of_their_papers(tmp_path):
+    """DeiT III positions patches alone and scales its layers; dBOT's target of an image is what it pools."""
+    images = torch.randn(2, 3, 48, 48)
+    deit, dbot = micro(init_values=0.1), micro(use_mean_pooling=True)
+    nn.init.zeros_(deit.pos_embed.data[:, :1])
+    head = {"head.weight": torch.zeros(10, 128), "head.bias": torch.zeros(10)}
+    patches_alone = {"pos_embed": deit.pos_embed[:, 1:].clone()}
+    torch.save({"model": deit.state_dict() | patches_alone | head}, tmp_path / "deit.pth")
+    torch.save({"model": dbot.state_dict() | head}, tmp_path / "dbot.pth")
+    texts = f"deit={tmp_path / 'deit.pth'},dbot={tmp_path / 'dbot.pth'}"
+    second, first = build_teachers(texts, 48, 8, download=False)
+    tokens = deit.forward_blocks(images)[-1]
+    torch.testing.assert_close(first(images), (deit.norm(tokens)[:, 0], deit.norm(tokens)[:, 1:]))
+    tokens = dbot.forward_blocks(images)[-1]
+    torch.testing.assert_close(second(images), (dbot.fc_norm(tokens[:, 1:].mean(dim=1)), tokens[:, 1:]))
+
+
 def test_a_file_may_be_a_checkpoint_with_registers_and_a_network_of_a_library(file):
     registers = micro(num_registers=2, init_values=0.1)
     beside = {"args": {"arch": "resnet18"}, "epoch": 1}
