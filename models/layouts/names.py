@@ -131,7 +131,9 @@ HUGGING_FACE = (  # names of transformers' ViT and Dinov2, in files and (since v
     (r"\.layer_scale([12])\.lambda1$", r".gamma_\1"),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.mlp\.weights_in\.", ".mlp.w12."),
-    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+    (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.w3."),
+    (r"\.mlp\.gate_proj\.", ".mlp.w1."),
+    (r"\.mlp\.up_proj\.", ".mlp.w2."),
     (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
 )
 
@@ -147,16 +149,22 @@ def rename_hugging_face(state: State) -> State:
     return renamed(state, rename)
 
 
-def join_query_key_value(state: State) -> State:
-    """``attn.q``, ``attn.k`` and ``attn.v`` of a block -> ``attn.qkv``, where all three are there."""
+def join_layers(state: State) -> State:
+    """``attn.q``, ``.k``, ``.v`` of a block -> ``attn.qkv``, ``mlp.w1``, ``.w2`` -> ``mlp.w12``, if all are there."""
+    for front, letters in ((".attn.", "qkv"), (".mlp.w", "12")):
+        state = _joined(state, re.compile(rf"(.*{re.escape(front)})([{letters}])(\.\w+)"), letters)
+    return state
+
+
+def _joined(state: State, pattern: re.Pattern, letters: str) -> State:
     joined: State = {}
     for name, tensor in state.items():
-        head, part, tail = re.fullmatch(r"(.*\.attn\.)([qkv])(\.\w+)|.*", name).groups()
-        names = [f"{head}{letter}{tail}" for letter in "qkv"]
-        if part is None or not all(other in state for other in names):
+        head, part, tail = match.groups() if (match := pattern.fullmatch(name)) else ("", "", "")
+        names = [f"{head}{letter}{tail}" for letter in letters]
+        if not part or not all(other in state for other in names):
             joined[name] = tensor
-        elif part == "q":
-            joined[f"{head}qkv{tail}"] = torch.cat([state[other] for other in names])
+        elif part == letters[0]:
+            joined[f"{head}{letters}{tail}"] = torch.cat([state[other] for other in names])
     return joined
 
 

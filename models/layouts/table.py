@@ -15,7 +15,7 @@ from models.layouts.names import (
     NOT_NEEDED,
     State,
     add_class_position,
-    join_query_key_value,
+    join_layers,
     name_gates,
     rename_hugging_face,
     rename_tokens_and_scales,
@@ -79,7 +79,7 @@ def _masks_by_attention(file: dict) -> bool:
 
 RENAMED = (strip_wrappers, rename_tokens_and_scales, name_gates, add_class_position)
 CHUNKED = (strip_wrappers, unchunk_blocks, rename_tokens_and_scales, add_class_position)
-HUGGING = (strip_wrappers, rename_hugging_face, join_query_key_value)
+HUGGING = (strip_wrappers, rename_hugging_face, join_layers)
 HIERARCHIES = ("layers.0.", "stage0.0.proj.", "layer1.0.norm_embed.")  # Swin, CvT, Vision Longformer
 MUGS_ONLY, UDI_ONLY = r"relation_blocks\.", r"(attn|norm1)\."  # UDI: the module that mixes views
 

@@ -96,6 +96,7 @@ IN_FILES = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj"
 IN_FILES |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
 DINOV2 = {"attn.proj": "attention.output.dense", "gamma_1": "layer_scale1.lambda1", "gamma_2": "layer_scale2.lambda1"}
 GATED = DINOV2 | {"mlp.w12": "mlp.weights_in", "mlp.w3": "mlp.weights_out"}
+APART = DINOV2 | {"mlp.w3": "mlp.down_proj"}  # in memory, since version 5
 TOP = {"pos_embed": "embeddings.position_embeddings", "patch_embed.proj": "embeddings.patch_embeddings.projection"}
 TOP |= {"norm": "layernorm", "cls_token": "embeddings.cls_token", "register_tokens": "embeddings.register_tokens"}
 
@@ -111,6 +112,9 @@ def hugging_face_names(state: dict, parts: dict) -> dict:
             if part == "attn.qkv":
                 for word, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                     renamed[f"{block}attention.attention.{word}.{tail}"] = third.clone()
+            elif part == "mlp.w12" and part not in parts:
+                for word, half in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
+                    renamed[f"{block}mlp.{word}.{tail}"] = half.clone()
             else:
                 renamed[f"{block}{parts.get(part, part)}{dot}{tail}"] = tensor
         else:
@@ -134,6 +138,7 @@ def vit(**options) -> VisionTransformer:
         ({"init_values": 1.0}, DINOV2, "Hugging Face Dinov2"),
         ({"init_values": 1.0, "num_registers": 2}, DINOV2, "Hugging Face Dinov2"),
         ({"init_values": 1.0, "variant": Variant(mlp="swiglu")}, GATED, "Hugging Face Dinov2"),
+        ({"init_values": 1.0, "variant": Variant(mlp="swiglu")}, APART, "Hugging Face Dinov2"),
     ],
 )
 def test_their_names_become_ours_below_any_prefix(tmp_path, prefix, options, parts, layout):
