@@ -6,7 +6,7 @@ import torch
 
 from models.adapt import _growing_distances, _spline_matrix, resize_bias_table, select_class_tokens
 from models.finetuned import FinetunedTransformer, bias_index, layer_decay_groups
-from models.vit import VisionTransformer
+from models.vit import Variant, VisionTransformer
 from utils import UsageError
 
 SHAPE = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "img_size": 32}
@@ -103,3 +103,14 @@ def test_class_tokens_are_selected_with_their_positions():
     none = select_class_tokens(state, 0)
     assert "cls_token" not in none and none["pos_embed"].flatten().tolist() == [2, 3, 4, 5]
     assert state["cls_token"].shape == (1, 2, 1)
+
+
+def test_the_gate_of_a_swiglu_is_dropped_and_scaled_where_a_plain_mlp_is():
+    torch.manual_seed(0)
+    options = {"variant": Variant(mlp="swiglu"), "use_mean_pooling": True, "init_values": 0.1}
+    model = FinetunedTransformer(5, drop=1.0, **options, **SHAPE)
+    images = torch.randn(2, 3, SHAPE["img_size"], SHAPE["img_size"])
+    assert not model.train().blocks[0].mlp(torch.randn(4, SHAPE["embed_dim"])).any()
+    assert model.eval()(images).shape == (2, 5)
+    last, first = (model.blocks[i].mlp.w3.weight.std().item() for i in (-1, 0))
+    assert last / first == pytest.approx(len(model.blocks) ** -0.5, rel=0.1)
