@@ -4,6 +4,7 @@ UNIC (2408.05088) distils several of them. None has code of its own: a teacher i
 with the numbers that its images are normalised by, in evaluation mode and without gradients.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -150,7 +151,7 @@ def check_teachers(text: str) -> None:
     for name, file in _pairs(text):
         if name.startswith(TIMM):
             _check_timm(name)
-        elif not name or not name.replace("_", "").replace("-", "").isalnum():
+        elif not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise UsageError(f"--teachers {name!r}: a name has letters, digits, _ and -; write NAME=FILE, NAME=FILE")
         elif file is None and name not in PUBLISHED:
             raise UsageError(
@@ -247,7 +248,7 @@ def _build(name: str, file: str | None, grid: int) -> Teacher:
     if count_pixels is None:
         return _probed(name, network.model, grid, what)
     side = grid * count_pixels(network.arguments)
-    about = _about(what, network.model, side)
+    about = _about(what, network.model, network.model.embed_dim, side)
     return Teacher(name, network.model, network.model.embed_dim, side, grid, pixels, about)
 
 
@@ -260,9 +261,9 @@ def _check_published(name: str, path: Path, state: State) -> None:
         )
 
 
-def _about(what: str, network: nn.Module, side: int) -> str:
+def _about(what: str, network: nn.Module, dim: int, side: int) -> str:
     values = sum(parameter.numel() for parameter in network.parameters())
-    return f"{what}, {values / 1e6:.1f} M parameters, sees images of {side} pixels"
+    return f"{what}, {values / 1e6:.1f} M parameters, {dim} wide, sees images of {side} pixels"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ def _probed(name: str, network: nn.Module, grid: int, what: str) -> Teacher:
         _grid_of(network, side)
     except Exception:
         side = own
-    return Teacher(name, network, dim, side, grid, _pixels(network), _about(what, network, side))
+    return Teacher(name, network, dim, side, grid, _pixels(network), _about(what, network, dim, side))
 
 
 def _grid_of(network: nn.Module, side: int) -> tuple[int, int]:
