@@ -6,13 +6,11 @@
 Published (ImageNet-1k, top-1): iBOT ViT-S/16 82.3, ViT-B/16 84.0. Commands, protocol and numbers: README.md here.
 """
 
-from pathlib import Path
-
 from evaluation.finetune import build_run, evaluate, train
 from evaluation.finetune_options import check_arguments, get_args_parser
 from evaluation.finetune_run import report
-from lock import hold
-from utils import has_bf16, init_world, keep_large_blocks, make_folder, run_cli
+from evaluation.run import conduct
+from utils import has_bf16, init_world, keep_large_blocks, run_cli
 
 
 def main() -> None:
@@ -23,14 +21,7 @@ def main() -> None:
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(world.device) else "fp32"
     run = build_run(args, world)
-    if args.eval:
-        make_folder(Path(args.output_dir))
-        evaluate(run)
-        report(run)
-    else:
-        with hold(Path(args.output_dir), world):
-            train(run)
-            report(run)
+    conduct(run, evaluate if args.eval else train, report, trains=not args.eval)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ here.
 
 import argparse
 import math
-from pathlib import Path
 
 from evaluation.linear import build_run, evaluate, train
 from evaluation.linear_run import report
 from evaluation.network import add_feature_arguments, add_network_arguments, add_process_arguments
+from evaluation.run import conduct
 from evaluation.sets import add_data_arguments, check_common_arguments
-from lock import hold
-from utils import Parser, UsageError, bool_flag, init_world, keep_large_blocks, make_folder, run_cli
+from utils import Parser, UsageError, bool_flag, init_world, keep_large_blocks, run_cli
 
 
 def get_args_parser() -> Parser:
@@ -75,14 +74,7 @@ def main() -> None:
     keep_large_blocks()
     world = init_world(args.device, args.dist_url, args.backend)
     run = build_run(args, world)
-    if args.evaluate:
-        make_folder(Path(args.output_dir))
-        evaluate(run)
-        report(run)
-    else:
-        with hold(Path(args.output_dir), world):
-            train(run)
-            report(run)
+    conduct(run, evaluate if args.evaluate else train, report, trains=not args.evaluate)
 
 
 if __name__ == "__main__":

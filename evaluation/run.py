@@ -1,6 +1,7 @@
 """Evaluations that train: what exists once per run, its images, what is written epoch by epoch, and continued."""
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from data.loader import TrainLoader, to_device_ahead
 from evaluation.features import batches
 from evaluation.sets import Sets
 from evaluation.unreadable import NAMED, Unreadable, UnreadableImages, leave_out, named, refuse
+from lock import hold
 from models.checkpoints import Network
-from utils import UsageError, World, all_gather_objects, all_reduce_sum, log, save_atomically, save_torch
+from utils import UsageError, World, all_gather_objects, all_reduce_sum, log, make_folder, save_atomically, save_torch
 
 
 @dataclass(kw_only=True)
@@ -37,6 +39,16 @@ class Run:
     @property
     def unreadable(self) -> dict[str, int]:
         return {"train": len(self.replaced), "test": len(self.left_out)}
+
+
+def conduct(run: Run, what: Callable[[Run], None], report: Callable[[Run], None], trains: bool) -> None:
+    """Do ``what`` and report it; a run that ``trains`` has its folder for itself meanwhile."""
+    folder = Path(run.args.output_dir)
+    if not trains:
+        make_folder(folder)
+    with hold(folder, run.world) if trains else contextlib.nullcontext():
+        what(run)
+        report(run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
