@@ -263,14 +263,14 @@ def _end_when_the_parent_says_so(parent: int) -> None:
 
 
 def to_device_ahead(pieces: Iterable[dict], device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[dict]:
-    """The same pieces with tensors on ``device`` and uint8 images normalised, in ``dtype``.
+    """The same pieces with tensors on ``device`` and uint8 images normalised; these and all crops in ``dtype``.
 
     On a GPU the next piece is copied and normalised on a stream of its own while the present one is worked on.
     """
     if torch.device(device).type != "cuda":
         constants = _constants(device, dtype)
         for piece in pieces:
-            yield _map_tensors(piece, lambda tensor: _prepare(tensor, device, dtype, constants))
+            yield _sent(piece, device, dtype, constants)
         return
     side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(side):
@@ -278,7 +278,7 @@ def to_device_ahead(pieces: Iterable[dict], device: torch.device, dtype: torch.d
 
     def send(piece: dict) -> dict:
         with torch.cuda.stream(side):
-            return _map_tensors(piece, lambda tensor: _prepare(tensor, device, dtype, constants))
+            return _sent(piece, device, dtype, constants)
 
     ahead = None
     for piece in pieces:
@@ -310,6 +310,13 @@ def _constants(device: torch.device, dtype: torch.dtype) -> Constants:
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     white, mean, std = (to_device(torch.tensor(value, dtype=precision), device) for value in (255.0, MEAN, STD))
     return white, mean.view(3, 1, 1), std.view(3, 1, 1)
+
+
+def _sent(piece: dict, device: torch.device, dtype: torch.dtype, constants: Constants) -> dict:
+    piece = _map_tensors(piece, lambda tensor: _prepare(tensor, device, dtype, constants))
+    if "crops" in piece:  # a recipe may make them normalised, in float32
+        piece["crops"] = [crop.to(dtype) for crop in piece["crops"]]
+    return piece
 
 
 def _prepare(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, constants: Constants) -> torch.Tensor:

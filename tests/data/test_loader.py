@@ -366,3 +366,10 @@ def test_on_a_gpu_every_tensor_of_a_piece_is_known_to_the_stream_that_uses_it(mo
         assert all(any(tensor is t and stream is main for t, stream in known) for tensor in tensors)
         assert len(known) == len(tensors)  # the next piece is not in use yet
         arriving.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_crops_that_are_normalised_already_only_change_their_type(dtype):
+    crop = torch.randn(2, 3, 4, 4)
+    (arrived,) = to_device_ahead([{"crops": [crop]}], torch.device("cpu"), dtype)
+    assert arrived["crops"][0].dtype == dtype and torch.equal(arrived["crops"][0], crop.to(dtype))
