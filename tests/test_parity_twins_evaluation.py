@@ -13,16 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
 
 from data.loader import normalise
-from data.preprocess import eval_transform
+from data.preprocess import MEAN, STD, eval_transform
 from data.views import MultiCropViews, seeded_generators
 from evaluation.linear_heads import LinearHeads, Probe, Recipe, saved_heads
 from tests.parity import Case, find_runner, judge
 from tests.parity.linear import said_slices
 from tests.parity.networks import build_vit
 from tests.parity.preprocess import every_nth
-from tests.twins import GOLDEN, agrees, altered, golden, random, rewrite, unnoticed
+from tests.twins import GOLDEN, agrees, altered, as_arrays, golden, random, rewrite, unnoticed
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
@@ -112,6 +114,40 @@ def test_seeded_crops_of_other_seeds_and_steps():
         f"out/seed5_crop{i}": crop[:, ::n, ::n] for i, (crop, n) in enumerate(zip(crops, (13, 13, 5), strict=True))
     }
     agrees(rewrite(case, {"in/image": image}, outputs | {"out/seed5_means": [crop.mean() for crop in crops]}))
+
+
+def test_a_grey_crop_of_another_image_that_is_neither_flipped_nor_solarised():
+    case = golden("unic", "transforms")
+    image = np.random.default_rng(0).integers(0, 256, (21, 33, 3), dtype=np.uint8)
+    drawn = {
+        "crop": [2, 3, 15, 20],
+        "flip": False,
+        "gray": True,
+        "solarize": False,
+        "order": [3, 1, 2, 0],
+        "sigma": 0.9,
+    }
+    case.params |= {"image_size": 16, "aug": case.params["aug"] | drawn}
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    validated = tv.center_crop(tv.resize(pixels, [16], InterpolationMode.BICUBIC), [16])
+    cut = tv.resized_crop(pixels, 2, 3, 15, 20, [16, 16], InterpolationMode.BICUBIC)
+    pixels = cut
+    for name in ("hue", "contrast", "saturation", "brightness"):
+        pixels = getattr(tv, f"adjust_{name}")(pixels, case.params["aug"][name])
+    grey = tv.rgb_to_grayscale(pixels, 3)
+    blurred = tv.gaussian_blur(grey / 255, [9, 9], [0.9, 0.9])
+    case.__dict__["arrays"] = as_arrays(
+        {
+            "in/landscape": image,
+            "out/eval_transfer/landscape": eval_transform(16, 16)(Image.fromarray(image)),
+            "out/distill_val/landscape": tv.normalize(validated / 255, MEAN, STD),
+            "aug/after_crop": cut,
+            "aug/after_jitter": grey,
+            "aug/after_blur": blurred,
+            "aug/final": tv.normalize(blurred, MEAN, STD),
+        }
+    )
+    agrees(case)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
