@@ -2,6 +2,7 @@
 
     python benchmarks/bench_data.py                    # 2 x 224 + 10 x 96
     python benchmarks/bench_data.py --local_crops_number 0
+    python benchmarks/bench_data.py --recipe unic      # 1 x 224; pil is the original's floating point pipeline
 
 The images are JPEG files of 500 x 375 pixels (ImageNet's usual size), made from the bundled photographs or, without
 them, from noise with a photograph's spectrum. The numbers are medians over the rounds of processor seconds.
@@ -12,6 +13,7 @@ import io
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -22,7 +24,7 @@ import torchvision
 from PIL import Image, ImageOps
 
 from data.decode import decode_array, decode_pil
-from data.views import MultiCropViews
+from data.unic_views import UNICViews
 from methods.multicrop import add_crop_arguments, multi_crop_views
 from utils import Parser, UsageError, run_cli
 
@@ -34,6 +36,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add_crop_arguments(parser)
     parser.set_defaults(local_crops_number=10)
+    add("--recipe", default="multicrop", choices=["multicrop", "unic"], help="unic: one crop of --global_crops_size")
     add("--images", default=16, type=int, help="different images")
     add("--rounds", default=7, type=int, help="how often each path handles every image")
     add("--quality", default=92, type=int, help="JPEG quality")
@@ -48,7 +51,7 @@ def main() -> None:
     cv2.setNumThreads(0)
     files = [encode(image, args.quality) for image in make_images(args.images)]
     decoders = {"pil": decode_pil, "fast": decode_array}
-    views = {path: multi_crop_views(argparse.Namespace(**vars(args), augment=path)) for path in decoders}
+    views = {path: make_views(args, path) for path in decoders}
     decode_seconds, seconds = {"pil": [], "fast": []}, {"pil": [], "fast": []}
     for round_ in range(args.rounds + 1):
         for path, decode in decoders.items():
@@ -59,7 +62,13 @@ def main() -> None:
     print_table(args, files, seconds, decode_seconds)
 
 
-def measure(files: list[bytes], decode, views: MultiCropViews, round_: int) -> tuple[float, float]:
+def make_views(args: argparse.Namespace, path: str) -> Callable:
+    if args.recipe == "unic":
+        return UNICViews(args.global_crops_size, path)
+    return multi_crop_views(argparse.Namespace(**vars(args), augment=path))
+
+
+def measure(files: list[bytes], decode: Callable, views: Callable, round_: int) -> tuple[float, float]:
     """Processor seconds per image of decoding, and of decoding and cropping."""
     start = time.process_time()
     images = [decode(data, "benchmark") for data in files]
@@ -97,6 +106,7 @@ def encode(image: Image.Image, quality: int) -> bytes:
 
 def print_table(args, files: list[bytes], seconds: dict, decode_seconds: dict) -> None:
     crops = f"2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size}"
+    crops = f"1 x {args.global_crops_size}, UNIC" if args.recipe == "unic" else crops
     size = sum(map(len, files)) / len(files) / 1000
     print(f"{crops}, {len(files)} JPEG files of {WIDTH} x {HEIGHT}, {size:.0f} kB each, median of {args.rounds} rounds")
     print(f"{processor()}, one core; Python {platform.python_version()}, torch {torch.__version__}, torchvision "
