@@ -38,7 +38,7 @@ from training.dry_run import dry_run
 from training.monitor import Monitor
 from training.online_knn import OnlineKNN
 from training.optim import build_optimizer, optimizer_step, overflow, set_schedules
-from training.options import check_options, compare_with_presets, options_named, parse_options
+from training.options import check_options, compare_with_presets, options_named, parse_options, unused_arguments
 from training.planner import describe_plan
 from training.prepare import prepare_blocks, prepare_device, refuse_pieces_of_batch_norm
 from training.preview import attention_pictures
@@ -307,8 +307,8 @@ def describe(run: Run) -> None:
     )
     for name, value in sorted(vars(run.args).items()):
         log.info("%s: %s", name, escape(str(value)))
-    for line in compare_with_presets(run.args, run.world.size):
-        log.info("%s", line)
+    for line in (*unused_arguments(run.args), *compare_with_presets(run.args, run.world.size)):
+        log.info("%s", escape(line))
     log.info(
         "%s: %d images per step, %d steps per epoch, peak learning rate %.3g",
         run.source.name,

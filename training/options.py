@@ -36,7 +36,12 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("what to run").add_argument
     add("--method", default="dino", choices=list(METHODS), help="what the student learns, and from whom")
-    add("--config", metavar="FILE.yaml", help="preset (configs/<method>/*.yaml); later options override it")
+    add(
+        "--config",
+        metavar="FILE.yaml",
+        help="preset (configs/<method>/*.yaml), or the argument file of an original's run (.json, with --method); the "
+        "command line overrides it",
+    )
     add("--output_dir", default=".", help="checkpoints and logs; a run found there is continued")
     add("--dry_run", action="store_true", help="everything but training: settings, data, memory, first batch")
     add("--devices", type=int, help="with --dry_run: plan for so many GPUs; left out: as many as processes")
@@ -154,11 +159,20 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     name = early.method or (preset.method if preset else None) or "dino"
     if preset and preset.method not in (None, name):
         raise UsageError(f"--config {early.config} is a preset of {preset.method}, not of --method {name}")
+    if preset and preset.foreign and not (early.method or preset.method):
+        raise UsageError(f"--config {early.config} names no method; pass --method with it")
     parser = get_args_parser(method_class(name))
     preset_argv = preset.argv(parser) if preset else []
     args = parser.parse_args([*preset_argv, "--method", name, *argv])
     resolve_defaults(args)
     return args
+
+
+def unused_arguments(args: argparse.Namespace) -> list[str]:
+    """A line that names what the argument file of an original's run says and nothing here reads, if there is one."""
+    preset = read_preset(Path(args.config)) if args.config else None
+    names = preset.left_out(get_args_parser(method_class(args.method))) if preset else []
+    return [f"--config {args.config}: means nothing here: {', '.join(names)}"] if names else []
 
 
 def resolve_defaults(args: argparse.Namespace) -> None:

@@ -1,6 +1,11 @@
-"""Presets: one YAML file per published row, with the options that differ from the defaults and its result."""
+"""Presets: one YAML file per published row, with the options that differ from the defaults and its result.
+
+The argument file of an original's run (JSON, which is YAML) is read as well. What it says of its machine, and what no
+option here is called, is left out and listed.
+"""
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +15,7 @@ import yaml
 from utils import UsageError, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+PLACES = {"config", "data_path", "output_dir", "dist_url", "local_rank", "device", "backend", "load_from", "init_from"}
 
 
 @dataclass
@@ -21,30 +27,64 @@ class Preset:
     expected: dict = field(default_factory=dict)
     options: dict[str, tuple[object, int]] = field(default_factory=dict)  # name -> (value, line)
 
+    @property
+    def foreign(self) -> bool:
+        """Whether it is the argument file of an original's run."""
+        return self.path.suffix == ".json"
+
     def argv(self, parser: argparse.ArgumentParser) -> list[str]:
         """The options as a command line. Raises UsageError naming file, line, key and the nearest valid name."""
-        valid = {action.dest for action in parser._actions}
-        argv = []
+        actions, argv = self.actions(parser), []
+        left_out = self.left_out(parser)
         for name, (value, line) in self.options.items():
-            if name not in valid:
-                raise UsageError(f"{self.path}, line {line}: unknown option {name!r}{nearest(name, valid)}")
-            values = [str(v) for v in (value if isinstance(value, list) else [value])]
+            if name in left_out:
+                continue
+            if name not in actions:
+                raise UsageError(f"{self.path}, line {line}: unknown option {name!r}{nearest(name, actions)}")
+            words = _words(f"--{name}", value, actions[name])
             try:
-                parser.parse_known_args([f"--{name}", *values])
+                parser.parse_known_args(words)
             except UsageError as error:
                 raise UsageError(f"{self.path}, line {line}: {error}") from None
-            argv += [f"--{name}", *values]
+            argv += words
         return argv
+
+    def actions(self, parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+        """What a name of the file stands for: presets keep to one for each option, originals have their own."""
+        actions = [action for action in parser._actions if action.dest != "help"]
+        if not self.foreign:
+            return {action.dest: action for action in actions}
+        return {string.lstrip("-"): action for action in actions for string in action.option_strings}
+
+    def left_out(self, parser: argparse.ArgumentParser) -> list[str]:
+        """Names in an original's argument file that mean nothing here."""
+        actions = self.actions(parser)
+        return [n for n in self.options if self.foreign and (n not in actions or actions[n].dest in PLACES)]
 
     def result(self) -> str:
         """The published result in one line."""
         return ", ".join(f"{key} {value}" for key, value in self.expected.items()) or "no published result"
 
 
+def _words(option: str, value: object, action: argparse.Action) -> list[str]:
+    """``option`` with ``value`` on a command line; a list for an option of one value is written with commas."""
+    if action.nargs == 0:
+        return [option] * bool(value)
+    values = [str(v) for v in (value if isinstance(value, list) else [value])]
+    return [option, *values] if action.nargs else [option, ",".join(values)]
+
+
+class _Loader(yaml.SafeLoader):
+    """1e-6 is a number, as in JSON and YAML 1.2; YAML 1.1 wants a point in it."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+e[-+]?\d+$", re.I), [*"-+0123456789"])
+
+
 def read_preset(path: Path) -> Preset:
     """Read one file. Raises UsageError when it is missing or not a mapping of options."""
     try:
-        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+        node = yaml.compose(path.read_text(), Loader=_Loader)
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from training.options import check_options, compare_with_presets, parse_options, trajectory_options
+from training.options import check_options, compare_with_presets, parse_options, trajectory_options, unused_arguments
 from training.presets import CONFIGS, read_preset
 from utils import UsageError, World
 
@@ -126,6 +127,51 @@ def test_a_faulty_preset_is_answered_with_its_line_and_key(tmp_path, text, messa
     path.write_text(text)
     with pytest.raises(UsageError, match=message):
         parse_options(["--method", "dino", "--config", str(path)])
+
+
+def test_the_argument_file_of_an_originals_run_is_read_and_what_means_nothing_here_is_listed(tmp_path):
+    path = tmp_path / "dino_args.json"
+    theirs = {
+        "arch": "vit_tiny",
+        "augment": None,
+        "clip_grad": 0.0,
+        "data_dir": "/home/them/imagenet",
+        "dist_url": "env://",
+        "dry_run": False,
+        "gpu": 3,
+        "grad_checkpointing": True,
+        "lr_schedule": [0.0, 1e-06, 2e-06],
+        "min_lr": 1e-06,
+        "nb_knn": [5, 10],
+        "output_dir": "/home/them/out",
+        "saveckpt_freq": 7,
+        "use_fp16": True,
+        "wd": 0.03,
+    }
+    path.write_text(json.dumps(theirs, indent=4, sort_keys=True))
+    args = parse_options(["--method", "dino", "--config", str(path), "--epochs", "3"])
+    assert (args.arch, args.clip_grad, args.min_lr, args.epochs) == ("vit_tiny", 0.0, 1e-6, 3)
+    assert (args.saveckp_freq, args.weight_decay, args.nb_knn, args.use_fp16) == (7, 0.03, [5, 10], True)
+    assert (args.grad_checkpointing, args.dry_run, args.augment) == (True, False, "fast")
+    assert (args.data_path, args.output_dir) == (None, ".")
+    (line,) = unused_arguments(args)
+    assert line.endswith("means nothing here: data_dir, dist_url, gpu, lr_schedule, output_dir")
+    assert unused_arguments(parse_options(["--config", str(CONFIGS / "dino" / "boosted.yaml")])) == []
+    with pytest.raises(UsageError, match="names no method; pass --method"):
+        parse_options(["--config", str(path)])
+    path.write_text(json.dumps(theirs | {"min_lr": "low"}, indent=4, sort_keys=True))
+    with pytest.raises(UsageError, match="line 15: argument --min_lr: invalid float value: 'low'"):
+        parse_options(["--method", "dino", "--config", str(path)])
+
+
+def test_numbers_are_read_as_numbers_in_nested_values_too(tmp_path):
+    path = tmp_path / "args.json"
+    path.write_text('{"optim_args": {"betas": [0.9, 0.99], "eps": 1e-08}, "lr": 1E-3, "name": "1e"}')
+    assert {name: value for name, (value, _) in read_preset(path).options.items()} == {
+        "optim_args": {"betas": [0.9, 0.99], "eps": 1e-8},
+        "lr": 1e-3,
+        "name": "1e",
+    }
 
 
 def test_the_nearest_preset_is_named_with_its_result_and_every_difference():
