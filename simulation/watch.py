@@ -47,6 +47,7 @@ WANT_PRECISION = {  # what normalises or measures; torch's own attention and lay
     aten.lerp_.Scalar,
     aten._foreach_lerp_.Scalar,
 }
+STATISTICS = ("methods/centring", "methods/distillation", "methods/standardise")  # where sums have to be accurate
 SUMS = {aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default}
 HALVES = (torch.float16, torch.bfloat16)
 INDEXING = {
@@ -160,8 +161,8 @@ class Watch(TorchDispatchMode):
     def _loses_precision(func, args: tuple, leaves: list, results: list) -> bool:
         if func in (aten._softmax.default, aten._log_softmax.default) and args[2]:  # half in, float32 out
             return False
-        if func in SUMS:  # those of gradients are autocast's; a method's own are statistics
-            return any(map(is_half, results)) and where_from().startswith("methods/")
+        if func in SUMS:
+            return any(map(is_half, results)) and where_from().startswith(STATISTICS)
         return func in WANT_PRECISION and any(map(is_half, leaves))
 
     def _look_for_waits(self, func, args: tuple, kwargs: dict) -> None:
