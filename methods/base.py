@@ -67,6 +67,7 @@ class Method(nn.Module):
     name: str
     wrapped = ("student",)  # keys of checkpoints whose names start with "module.", as in the original's files
     inherited = ("student", "teacher")  # keys of what begins with another run even without that run's progress
+    free_options: frozenset[str] = frozenset()  # of its own options those that a run may be continued with others of
 
     # ---- options and data -------------------------------------------------------------------------------------------
 
@@ -168,6 +169,13 @@ class Method(nn.Module):
         ``Renamed`` where files have other names, or whatever else keeps a state (methods/parts.py).
         """
         raise NotImplementedError
+
+    def identity(self) -> dict[str, str]:
+        """What decides a run's numbers besides its options: what it is called, and a hash or a name of it.
+
+        A run is only continued with the same. Whatever frozen network comes from a file belongs here.
+        """
+        return {}
 
     def adopt(self, state: dict[str, dict]) -> list[str]:
         """Begin with parts of another run (training/start.py), as its file has them; returns what begins fresh.

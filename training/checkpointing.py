@@ -5,9 +5,9 @@
     optimizer, fp16_scaler        as torch gives them
     epoch                         the epoch to continue with
     args                          the options, as a dict
-    tutelage                      what this repository adds: method, step within the epoch, identity of the data, names
-                                  of what the optimiser moves, the run that this one began with, if any, and what the
-                                  unfinished epoch's line of log.txt will be made of
+    tutelage                      what this repository adds: method, step within the epoch, identity of the data and of
+                                  teachers from files, names of what the optimiser moves, the run that this one began
+                                  with, if any, and what the unfinished epoch's line of log.txt will be made of
 
 Nothing random is stored: order, crops and stochastic depth are functions of the seed and of where training stands.
 """
@@ -63,6 +63,7 @@ def save_checkpoint(run, epoch: int, step: int, numbered: bool = False) -> None:
             "images": len(run.source),
             "data": run.source.fingerprint,
             "parameters": parameter_names(run.method, run.optimizer),
+            "identity": run.method.identity(),
             "start": run.start,
             **measures,
         },
@@ -175,6 +176,7 @@ def _refuse_another_run(run, path: Path, state: dict, ours: dict) -> None:
         log.warning("warning: %s was written by the original code; its options and data are not checked", path)
         return
     differences = _differing_options(run.args, state["args"]) + _differing_start(run.args, ours.get("start"))
+    differences += _differing_identity(ours.get("identity", {}), run.method.identity())
     for name, theirs, mine in (
         ("images per step", ours["global_batch"], run.global_batch),
         ("images", ours["images"], len(run.source)),
@@ -207,6 +209,11 @@ def _differing_start(args: argparse.Namespace, start: dict | None) -> list[str]:
     here = f"{Path(args.init_from).resolve()} {'with' if args.init_progress else 'without'} progress"
     there = f"{start['file']} {'with' if start['progress'] else 'without'} progress" if start else "nothing"
     return [] if here == there else [f"--init_from: {there} there, {here} here"]
+
+
+def _differing_identity(theirs: dict[str, str], mine: dict[str, str]) -> list[str]:
+    names = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+    return [f"{name}: {theirs.get(name, 'none')} there, {mine.get(name, 'none')} here" for name in names]
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path) -> None:

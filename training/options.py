@@ -261,13 +261,18 @@ def _check_knn(args: argparse.Namespace) -> None:
         raise UsageError(f"--knn_temperature {args.knn_temperature}: must be positive (the default is 0.07)")
 
 
+def free_options(args: argparse.Namespace) -> set[str]:
+    """Options that say nothing of what this run computes."""
+    return FREE_OPTIONS | method_class(args.method).free_options | unread_options(args.arch)
+
+
 def compare_with_presets(args: argparse.Namespace, world_size: int) -> list[str]:
     """What differs from the nearest preset, of the options that decide a result."""
-    ignored = FREE_OPTIONS | unread_options(args.arch) | {"seed", "precision", "augment"}
+    ignored = free_options(args) | {"seed", "precision", "augment"}
     return nearest_preset(args, parse_options, world_size, ignored)
 
 
 def trajectory_options(args: argparse.Namespace) -> dict:
     """The options that decide what a run computes, as plain values."""
-    free = FREE_OPTIONS | unread_options(args.arch)
+    free = free_options(args)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(vars(args).items()) if k not in free}
