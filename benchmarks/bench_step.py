@@ -18,6 +18,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -33,17 +34,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.loader import stack, to_device_ahead
 from methods import METHODS
 from methods.base import Clock, Method
+from models import build_backbone
 from training.optim import build_optimizer, optimizer_step, set_schedules
 from training.options import parse_options
 from utils import Parser, UsageError, autocast, has_bf16, keep_large_blocks, run_cli
 
-CLIP = 3.0
+CLIP = {"unic": 0.0}  # all others clip at 3
 SETTINGS = {  # what the published recipes have and the defaults have not
     "dino": "--out_dim 65536 --local_crops_number 8",
     "ibot": "--out_dim 8192 --local_crops_number 10 --shared_head true --pred_ratio 0 0.3 --pred_ratio_var 0 0.2",
     "attmask": "--out_dim 8192 --local_crops_number 10 --shared_head true --pred_ratio 0.3 --pred_ratio_var 0.2",
     "udi": "--out_dim 65536 --local_crops_number 10 --norm_last_layer false",
+    "unic": "--image_size 224",
 }
+TEACHERS = ("vit_small", "vit_small")  # of random weights, where a method has frozen ones
 SHARES = ("forward", "backward", "clip", "optimiser", "EMA and centre")
 
 
@@ -71,10 +75,21 @@ def build(args: argparse.Namespace) -> tuple[Method, dict]:
     names = ("arch", "patch_size", "local_crops_number", "out_dim", "drop_path_rate")
     given = [f"--{name}={value}" for name in names if (value := getattr(args, name)) is not None]
     options = parse_options(["--method", args.method, *SETTINGS[args.method].split(), *given])
-    vars(args).update({name: getattr(options, name) for name in names})
+    vars(args).update({name: getattr(options, name, None) for name in names})
     torch.manual_seed(0)
-    method = METHODS[args.method].build(options).to(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        if hasattr(options, "teachers"):
+            options.teachers = save_teachers(Path(folder), options.patch_size)
+        method = METHODS[args.method].build(options).to(args.device)
     return method, noise_batch(METHODS[args.method].views(options), args.batch, torch.device(args.device))
+
+
+def save_teachers(folder: Path, patch_size: int) -> str:
+    """Networks of random weights in files, as ``--teachers`` names them."""
+    names = [f"teacher{number}" for number in range(len(TEACHERS))]
+    for name, arch in zip(names, TEACHERS, strict=True):
+        torch.save(build_backbone(arch, patch_size).state_dict(), folder / f"{name}.pth")
+    return ",".join(f"{name}={folder / name}.pth" for name in names)
 
 
 def noise_batch(views: Callable, images: int, device: torch.device) -> dict:
@@ -102,7 +117,7 @@ class Side:
         self.times: list[list[float]] = []
 
     def step(self, batch: dict, iteration: int) -> float:
-        clock = clock_of(iteration)
+        clock, clip = clock_of(iteration, len(batch["crops"][0])), CLIP.get(self.method.name, 3.0)
         marks = [now(self.device)]
         set_schedules(self.optimizer, clock)
         self.optimizer.zero_grad(set_to_none=True)
@@ -115,10 +130,10 @@ class Side:
         loss.backward()
         marks.append(now(self.device))
         if self.name == "plain":
-            textbook.update(self.method, self.optimizer, CLIP, clock)
+            textbook.update(self.method, self.optimizer, clip, clock)
             marks += [marks[-1], marks[-1]]
         else:
-            self.method.clip_gradients(CLIP, clock)
+            self.method.clip_gradients(clip, clock)
             marks.append(now(self.device))
             optimizer_step(self.optimizer, None, None)
             marks.append(now(self.device))
@@ -146,8 +161,8 @@ def product_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> fl
     return repeats * 2 * 1576 * 384 * 1536 / (now(device) - began)
 
 
-def clock_of(iteration: int) -> Clock:
-    return Clock(epoch=9, iteration=iteration, lr=1e-4, weight_decay=0.04, momentum=0.996)
+def clock_of(iteration: int, images: int = 0) -> Clock:
+    return Clock(epoch=9, iteration=iteration, lr=1e-4, weight_decay=0.04, momentum=0.996, global_batch=images)
 
 
 def necessary_flops(method: Method, batch: dict) -> float:

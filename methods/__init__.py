@@ -5,9 +5,10 @@ from methods.base import Method
 from methods.dino import DINO
 from methods.ibot import IBOT
 from methods.udi import UDI
+from methods.unic import UNIC
 from utils import UsageError, nearest
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DINO, IBOT, AttMask, UDI)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (DINO, IBOT, AttMask, UDI, UNIC)}
 
 
 def method_class(name: str) -> type[Method]:

@@ -68,6 +68,8 @@ class Ladder(nn.Module):
         self.teachers = sorted(heads)
         self.heads = nn.ModuleDict()
         for name in self.teachers:
+            if hasattr(self.heads, module_name(name)):
+                raise UsageError(f"--teachers {escape(name)}: the name of a ladder's own part; choose another")
             self.heads[module_name(name)] = nn.ModuleDict(
                 {
                     kind: nn.ModuleDict(

@@ -92,11 +92,14 @@ class Standardisation(nn.Module):
         return nested
 
     def from_file(self, nested: dict) -> dict:
-        """Undoes ``to_file``. Raises ValueError for statistics of other teachers."""
+        """Undoes ``to_file``. Raises ValueError for statistics of other teachers, or what are none."""
         wanted = sorted({teacher for teacher, _ in self.slices})
         if sorted(nested) != wanted:
-            raise ValueError(f"statistics of {', '.join(sorted(nested))}, and the teachers are {', '.join(wanted)}")
-        return {
-            name: torch.cat([nested[teacher][kind][name].flatten() for teacher, kind in self.slices])
-            for name in ("mean", "std")
-        }
+            raise ValueError(f"its statistics are of {', '.join(sorted(nested))}, the teachers are {', '.join(wanted)}")
+        try:
+            return {
+                name: torch.cat([nested[teacher][kind][name].flatten() for teacher, kind in self.slices])
+                for name in ("mean", "std")
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"its statistics are not those of teachers ({error!r})") from None

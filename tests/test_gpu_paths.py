@@ -21,7 +21,7 @@ NOT_DETERMINISTIC = (
 AT_ONCE = 5  # copies of what the host decides in a piece: samples that are dropped, hidden patches; not block by block
 PRECISIONS = ("bf16", "fp16", "fp32")
 # operations of a step at full size, bf16; a loop over parameters or samples adds hundreds
-OPERATIONS = {"dino": 3130, "ibot": 3600, "attmask": 3600, "udi": 4000}
+OPERATIONS = {"dino": 3130, "ibot": 3600, "attmask": 3600, "udi": 4000, "unic": 4020}
 
 
 def check(steps: Steps) -> None:
@@ -90,6 +90,9 @@ OPTIONS = {
     "ResNet": ("dino", "--arch", "resnet18", "--optimizer", "lars", "--use_bn_in_head", "true"),
     "SGD": ("dino", "--optimizer", "sgd"),
     "one class token": ("udi", "--number_cls_token", "1"),
+    "pieces for several teachers": ("unic", "--accum_iter", "2"),
+    "images by the original's floats": ("unic", "--augment", "pil"),
+    "norms in the ladder": ("unic", "--lp_args", "{'hidden_dim': 9, 'prenorm': True, 'midnorm': True}"),
     "hints": ("attmask", "--pred_shape", "attmask_hint", "--show_max", "0.1"),
 }
 
@@ -101,7 +104,7 @@ def test_no_option_makes_a_step_wait(options):
 
 @pytest.mark.parametrize(
     "options",
-    [("dino", "--use_bn_in_head", "true"), ("ibot", "--norm_in_head", "syncbn"), ("attmask",), ("udi",)],
+    [("dino", "--use_bn_in_head", "true"), ("ibot", "--norm_in_head", "syncbn"), ("attmask",), ("udi",), ("unic",)],
     ids=lambda options: options[0],
 )
 def test_eight_processes_wait_for_nothing_either(options):

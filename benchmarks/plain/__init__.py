@@ -8,11 +8,12 @@ reads the same modules as the fast path and must give the same loss.
 
 from collections.abc import Callable
 
-from plain import dino, masked_distillation, udi
+from plain import dino, masked_distillation, udi, unic
 
 FORWARD: dict[str, Callable] = {
     "dino": dino.forward,
     "ibot": masked_distillation.forward,
     "attmask": masked_distillation.forward,
     "udi": udi.forward,
+    "unic": unic.forward,
 }

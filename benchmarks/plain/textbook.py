@@ -90,6 +90,8 @@ def update(method: Method, optimizer: torch.optim.Optimizer, clip: float, clock:
                 parameter.grad.mul_(factor)
     method.after_backward(clock)
     optimizer.step()
+    if not hasattr(method, "teacher"):  # none that follows
+        return
     with torch.no_grad():
         students = dict(method.student.named_parameters())
         for name, teacher in method.teacher.named_parameters():

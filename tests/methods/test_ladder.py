@@ -51,6 +51,12 @@ def test_teachers_stand_in_sorted_order_and_a_dot_in_a_name_separates_nothing():
     assert names[0] == "heads.a.cls.0.layers.0.weight"
 
 
+@pytest.mark.parametrize("name", ["half", "training"])
+def test_a_teacher_called_as_what_every_module_has_is_refused(name):
+    with pytest.raises(UsageError, match=f"--teachers {name}: the name of a ladder's own part"):
+        Ladder(6, {name: 5}, {0: 8})
+
+
 @pytest.mark.parametrize("norms", NORMS)
 def test_every_width_can_be_read_from_the_shapes(norms):
     state = small_ladder(prenorm=norms[0], midnorm=norms[1]).state_dict()

@@ -79,5 +79,5 @@ def test_files_have_the_originals_names_and_shapes():
     other = Standardisation(WIDTHS).double()
     other.load_state_dict(other.from_file(nested))
     assert torch.equal(other.mean, statistics.mean) and torch.equal(other.std, statistics.std)
-    with pytest.raises(ValueError, match="statistics of a, b, and the teachers are a, c"):
+    with pytest.raises(ValueError, match="its statistics are of a, b, the teachers are a, c"):
         Standardisation({"a": 2, "c": 3}).from_file(nested)

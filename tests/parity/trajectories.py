@@ -27,7 +27,7 @@ from training.consensus import Consensus
 from training.monitor import Monitor
 from training.optim import build_optimizer
 from training.pseudo_labels import PseudoLabels
-from utils import World, cosine_scheduler, warmup_scheduler
+from utils import World, warmup_scheduler
 
 
 class Diary:
@@ -55,9 +55,9 @@ class Diary:
     def _after_step(self, clock, gate) -> None:
         self._step(clock, gate)
         self.steps[-1] |= {"lr": clock.lr, "wd": clock.weight_decay, "momentum": clock.momentum}
-        (centres,) = (part for key, part in self.method.checkpoint_parts().items() if key.endswith("_loss"))
-        for name, centre in centres.state_dict().items():
-            self.steps[-1] |= {name: centre.clone(), f"{name}_norm": centre.norm().item()}
+        for centres in (part for key, part in self.method.checkpoint_parts().items() if key.endswith("_loss")):
+            for name, centre in centres.state_dict().items():
+                self.steps[-1] |= {name: centre.clone(), f"{name}_norm": centre.norm().item()}
 
     def column(self, name: str) -> list:
         return [step[name] for step in self.steps]
@@ -93,11 +93,7 @@ def build_run(p: dict, method: Method, folder: Path, labels: np.ndarray) -> Run:
         scaler=None,
         niter=niter,
         global_batch=batch,
-        schedules={
-            "lr": cosine_scheduler(p["lr"] * batch / 256, p["min_lr"], epochs, niter, p["warmup_epochs"]),
-            "weight_decay": cosine_scheduler(p["weight_decay"], p["weight_decay_end"], epochs, niter),
-            "momentum": cosine_scheduler(p["momentum_teacher"], 1.0, epochs, niter),
-        },
+        schedules=method.schedules(argparse.Namespace(**p), niter, batch),
         monitor=monitor,
         consensus=Consensus(world.device),
         blackbox=BlackBox(args, 1, world),

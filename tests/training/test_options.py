@@ -37,13 +37,18 @@ MASKED = """
     warmup_teacher_patch_temp
 """
 SAMPLED = "alpha global_sampling_window_size include_patch local_sampling_window_size number_cls_token"
+DISTILLED = """
+    download_teachers fresh_statistics image_size lam_lcos lam_lsl1 lp_args optim_args t_drop_prob teachers
+    tnorm_ema_momentum_end tnorm_ema_momentum_start
+"""
 OPTIONS = {
     "dino": f"{CROPS} {TEACHER} out_dim use_bn_in_head",
     "ibot": f"{CROPS} {TEACHER} {MASKED}",
     "attmask": f"{CROPS} {TEACHER} {MASKED} masking_prob show_max",
     "udi": f"{CROPS} {TEACHER} {SAMPLED} out_dim use_bn_in_head",
+    "unic": DISTILLED,
 }
-DEFAULTS_OF_ALL = {
+DEFAULTS_OF_DINO = {
     "arch": "vit_small",
     "patch_size": 16,
     "norm_last_layer": True,
@@ -121,6 +126,33 @@ DEFAULTS_OF_THE_ORIGINAL = {
         "saveckp_freq": 20,
     },
     "ibot": DEFAULTS_OF_IBOT,
+    "unic": {
+        "arch": "vit_base",
+        "patch_size": 16,
+        "drop_path_rate": 0.1,
+        "teachers": "dino_vitbase_16,deit3_vitbase_16,ibot_vitbase_16,dbotft_vitbase_16",
+        "tnorm_ema_momentum_start": 1.0,
+        "tnorm_ema_momentum_end": 0.001,
+        "t_drop_prob": 0.5,
+        "lam_lcos": 0.5,
+        "lam_lsl1": 0.5,
+        "data_path": None,
+        "image_size": 224,
+        "clip_grad": 0.0,
+        "batch_size_per_gpu": 128,
+        "epochs": 200,
+        "weight_decay": 3e-2,
+        "weight_decay_end": 3e-2,
+        "lr": 3e-4,
+        "min_lr": 1e-6,
+        "warmup_epochs": 10,
+        "output_dir": "./output",
+        "saveckp_freq": 20,
+        "seed": 22,
+        "num_workers": 12,
+        "dist_url": "env://",
+        "optimizer": "adamw",
+    },
     "attmask": DEFAULTS_OF_IBOT
     | {
         "out_dim": 65536,
@@ -146,7 +178,8 @@ def test_the_list_of_options_is_the_one_that_was_decided(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_those_of_the_original(method):
     args = vars(parse_options(["--method", method]))
-    expected = DEFAULTS_OF_ALL | DEFAULTS_OF_THE_ORIGINAL[method]
+    of_dino = {} if method == "unic" else DEFAULTS_OF_DINO  # of which all others began
+    expected = of_dino | DEFAULTS_OF_THE_ORIGINAL[method]
     assert {name: args[name] for name in expected} == expected
 
 
