@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from utils import UsageError, escape, nearest
 
@@ -64,6 +65,7 @@ class Ladder(nn.Module):
         std: float = 0.02,
     ):
         super().__init__()
+        self.grad_checkpointing = False
         self.blocks = sorted(hidden)
         self.teachers = sorted(heads)
         self.heads = nn.ModuleDict()
@@ -97,6 +99,11 @@ class Ladder(nn.Module):
 
     def _project(self, kind: str, rows: list[torch.Tensor], stacked: bool) -> list[torch.Tensor]:
         """Rows (rows, dim) of every block -> (rows, its dim) for every teacher."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._sums, kind, rows, stacked, use_reentrant=False)
+        return self._sums(kind, rows, stacked)
+
+    def _sums(self, kind: str, rows: list[torch.Tensor], stacked: bool) -> list[torch.Tensor]:
         projectors = [list(self.heads[module_name(name)][kind].values()) for name in self.teachers]
         if stacked and projectors[0][0].plain:
             return stacked_sums(projectors, rows)

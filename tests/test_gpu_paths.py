@@ -92,6 +92,7 @@ OPTIONS = {
     "one class token": ("udi", "--number_cls_token", "1"),
     "pieces for several teachers": ("unic", "--accum_iter", "2"),
     "images by the original's floats": ("unic", "--augment", "pil"),
+    "a ladder that is recomputed": ("unic", "--grad_checkpointing"),
     "norms in the ladder": ("unic", "--lp_args", "{'hidden_dim': 9, 'prenorm': True, 'midnorm': True}"),
     "hints": ("attmask", "--pred_shape", "attmask_hint", "--show_max", "0.1"),
 }

@@ -45,6 +45,15 @@ def test_values_and_gradients_are_those_of_every_projector_by_itself(stacked, no
     torch.testing.assert_close(*gradients)
 
 
+def test_recomputed_hidden_layers_change_no_bit():
+    ladder, blocks = small_ladder(), tokens()
+    gradients = []
+    for ladder.grad_checkpointing in (False, True):
+        total = sum(y.square().sum() for pair in ladder(blocks, 2).values() for y in pair)
+        gradients.append(torch.autograd.grad(total, [*ladder.parameters(), *blocks[::2]]))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 def test_teachers_stand_in_sorted_order_and_a_dot_in_a_name_separates_nothing():
     names = list(small_ladder().state_dict())
     assert list(dict.fromkeys(name.split(".")[1] for name in names)) == ["a", "b", "c_d"]

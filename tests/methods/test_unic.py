@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from methods.base import Clock
-from methods.ladder import Ladder
+from methods.ladder import Ladder, ladder_arguments
 from methods.unic import UNIC, Student, keep_teachers, mean_of_kept, token_losses
+from models.layouts.names import below
+from models.layouts.shapes import vit_arguments
+from models.reading import read_backbone
+from models.safe_load import load_file
 from models.vit import VisionTransformer
+from training.checkpointing import unwrapped
+from training.optim import build_optimizer, set_schedules
 from training.options import check_options, parse_options
 from utils import UsageError, World
 
+GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "unic"
 ALONE = World(0, 1, 0, torch.device("cpu"))
 VIT = {"patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 2}
 
@@ -197,6 +205,34 @@ def test_a_ladder_for_other_teachers_or_of_other_widths_is_refused():
         small_unic().adopt({"model": alone, "teacher_ft_stats": {"a": state["teacher_ft_stats"]["a"]}})
     with pytest.raises(UsageError, match="its statistics are not those of teachers"):
         small_unic().adopt({"model": alone, "teacher_ft_stats": {"a": {}, "b": 1}})
+
+
+@pytest.mark.parametrize("name", ["checkpoint_plain.pth", "checkpoint_namespace.pth"])
+def test_a_run_begins_with_a_file_of_the_original(name):
+    file = load_file(GOLDEN / name)
+    state = {key: unwrapped(file[key]) for key in ("model", "teacher_ft_stats")}
+    sizes = vit_arguments(read_backbone(GOLDEN / name)[0]) | {"num_heads": 3, "masked_im_modeling": True}
+    lp = Ladder(**ladder_arguments(below(state["model"], "lp.")))
+    heads = ladder_arguments(lp.state_dict())["heads"]
+    method = UNIC(Student(VisionTransformer(**sizes), lp), [Given(*pair) for pair in heads.items()])
+    assert method.adopt(state) == []
+    saved = method.checkpoint_parts()["model"].state_dict()
+    assert all(torch.equal(value, state["model"][name]) for name, value in saved.items())
+
+
+def test_one_batch_is_learnt():
+    method = small_unic()
+    optimizer = build_optimizer("adamw", method.param_groups())
+    losses = []
+    for iteration in range(40):
+        set_schedules(optimizer, Clock(0, iteration, lr=0.01))
+        optimizer.zero_grad()
+        loss = method(batch(), clock(iteration))["loss"]
+        loss.backward()
+        optimizer.step()
+        method.after_step(clock(iteration), None)
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * max(losses[:3])
 
 
 def options(*words: str) -> argparse.Namespace:
