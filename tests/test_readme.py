@@ -85,6 +85,7 @@ def test_the_table_of_a_methods_rows_says_what_its_presets_say(method):
         preset = yaml.safe_load((folder / f"{name}.yaml").read_text())
         said = preset["expected"]
         found = {"epochs": preset["epochs"], "images per step": said["global_batch"], "k-NN": said["knn"]}
-        found |= {"linear": said["linear"], "fine-tuned": said.get("fine-tuned", "not published")}
+        further = ("fine-tuned", "zero-shot", "ADE20K")
+        found |= {"linear": said["linear"]} | {name: said.get(name, "not published") for name in further}
         for column in found.keys() & row.keys():
             assert str(found[column]).split(" (")[0] == row[column], (name, column)

@@ -65,6 +65,7 @@ PUBLISHED = {  # the options of the commands in the originals' READMEs
     "--batch_size_per_gpu 60 --momentum_teacher 0.99 --subset 260",
     "udi/vit_small_ep300": f"--arch vit_small {MULTI_CROP} --norm_last_layer false --epochs 300 "
     "--batch_size_per_gpu 128",
+    "unic/unic": "--data_dir imagenet --output_dir . --seed 22",  # whose seed is a random number
 }
 PUBLISHED["attmask/high_ep100_subset260"] = PUBLISHED["attmask/hint_ep100_subset260"].replace(
     HINT, "--pred_shape attmask_high"
@@ -95,6 +96,7 @@ def test_a_preset_is_the_command_of_the_originals_readme(name):
         ("ibot/swin_tiny_w14_ep300", 1_281_167, 2.03125e-3, 1231),
         ("ibot/vit_base_p16_ep400", 1_281_167, 3e-3, 1251),
         ("udi/vit_small_ep300", 1_281_167, 2e-3, 1251),
+        ("unic/unic", 1_281_167, 6e-4, 2502),
     ],
 )
 def test_learning_rate_and_steps_of_a_preset_are_those_of_the_original(name, images, lr, steps):
@@ -162,6 +164,50 @@ def test_the_argument_file_of_an_originals_run_is_read_and_what_means_nothing_he
     path.write_text(json.dumps(theirs | {"min_lr": "low"}, indent=4, sort_keys=True))
     with pytest.raises(UsageError, match="line 15: argument --min_lr: invalid float value: 'low'"):
         parse_options(["--method", "dino", "--config", str(path)])
+
+
+def test_the_argument_file_of_unic_is_its_preset(tmp_path):
+    """The names and defaults that UNIC documents, as its program writes them; dictionaries are Python in strings."""
+    theirs = {
+        "arch": "vit_base",
+        "batch_size_per_gpu": 128,
+        "clip_grad": 0.0,
+        "data_dir": "/home/them/imagenet",
+        "dist_url": "env://",
+        "drop_path_rate": 0.1,
+        "epochs": 200,
+        "image_size": 224,
+        "lam_lcos": 0.5,
+        "lam_lsl1": 0.5,
+        "local_rank": 0,
+        "lp_args": "{'std': 0.02}",
+        "lr": 0.0003,
+        "min_lr": 1e-06,
+        "num_workers": 12,
+        "optim_args": "{'betas':(0.9, 0.99), 'eps':1e-8}",
+        "output_dir": "/home/them/out",
+        "patch_size": 16,
+        "saveckpt_freq": 20,
+        "seed": 22,
+        "t_drop_prob": 0.5,
+        "teachers": ["dbotft_vitbase_16", "deit3_vitbase_16", "dino_vitbase_16", "ibot_vitbase_16"],
+        "tnorm_ema_momentum_end": 0.001,
+        "tnorm_ema_momentum_start": 1.0,
+        "use_fp16": True,
+        "warmup_epochs": 10,
+        "wd": 0.03,
+        "world_size": 4,
+    }
+    path = tmp_path / "unic_args.json"
+    for nested in ({}, {"lp_args": {"std": 0.02}, "optim_args": {"betas": [0.9, 0.99], "eps": 1e-8}}):
+        path.write_text(json.dumps(theirs | nested, indent=4, sort_keys=True))
+        args = parse_options(["--method", "unic", "--config", str(path)])
+        preset = parse_options(["--config", str(CONFIGS / "unic" / "unic.yaml")])
+        assert trajectory_options(args) == trajectory_options(preset)
+        assert sorted(args.teachers.split(",")) == sorted(preset.teachers.split(","))
+        assert args.use_fp16 is True and args.data_path is None
+        (line,) = unused_arguments(args)
+        assert line.endswith("means nothing here: data_dir, dist_url, local_rank, output_dir, world_size")
 
 
 def test_numbers_are_read_as_numbers_in_nested_values_too(tmp_path):
