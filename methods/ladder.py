@@ -6,11 +6,13 @@ A projector per teacher, kind of token and block; patches share theirs over posi
 evaluations leave them out, except for a student's image in a teacher's space. Names of tensors are the original's,
 ``heads.<teacher>.<cls|patch>.<block>.layers.<j>``, and widths can be read from their shapes.
 
-On a GPU the projectors of a block run their first layers as one product, since they read the same tokens; their second
-layers add to what the blocks before gave, without a tensor for each. A processor gains nothing by stacking weights.
+Second layers add to what the blocks before gave, in the product itself, and their biases are added once: no tensor for
+every projector's output. Stacking the first layers of a block, which read the same tokens, would copy all weights in
+every step, and was slower.
 """
 
 import ast
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -44,7 +46,6 @@ class Projector(nn.Module):
         for layer in (first, second):
             nn.init.trunc_normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
-        self.plain = not (prenorm or midnorm)  # what can be stacked with others
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
@@ -82,55 +83,38 @@ class Ladder(nn.Module):
             )
 
     def forward(
-        self, blocks: Sequence[torch.Tensor], num_prefix_tokens: int = 1, stacked: bool | None = None
+        self, blocks: Sequence[torch.Tensor], num_prefix_tokens: int = 1
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Raw tokens (batch, tokens, dim) after every block -> {teacher: (class token (batch, its dim), patches
         (batch, patches, its dim))}. The first token is the class token, ``num_prefix_tokens`` are no patches.
-
-        ``stacked``: the projectors of a block together; None: on GPUs. Same sums, in another order.
         """
         tokens = [blocks[b] for b in self.blocks]
-        stacked = tokens[0].is_cuda if stacked is None else stacked
         batch = tokens[0].shape[0]
-        classes = self._project("cls", [t[:, 0] for t in tokens], stacked)
-        patches = self._project("patch", [t[:, num_prefix_tokens:].flatten(0, 1) for t in tokens], stacked)
+        classes = self._project("cls", [t[:, 0] for t in tokens])
+        patches = self._project("patch", [t[:, num_prefix_tokens:].flatten(0, 1) for t in tokens])
         pairs = zip(self.teachers, classes, patches, strict=True)
         return {name: (cls, patch.unflatten(0, (batch, -1))) for name, cls, patch in pairs}
 
-    def _project(self, kind: str, rows: list[torch.Tensor], stacked: bool) -> list[torch.Tensor]:
+    def _project(self, kind: str, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         """Rows (rows, dim) of every block -> (rows, its dim) for every teacher."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._sums, kind, rows, stacked, use_reentrant=False)
-        return self._sums(kind, rows, stacked)
+            return checkpoint(self._sums, kind, rows, use_reentrant=False)
+        return self._sums(kind, rows)
 
-    def _sums(self, kind: str, rows: list[torch.Tensor], stacked: bool) -> list[torch.Tensor]:
-        projectors = [list(self.heads[module_name(name)][kind].values()) for name in self.teachers]
-        if stacked and projectors[0][0].plain:
-            return stacked_sums(projectors, rows)
-        return [sum_of(projector(x) for projector, x in zip(column, rows, strict=True)) for column in projectors]
+    def _sums(self, kind: str, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        columns = [self.heads[module_name(name)][kind].values() for name in self.teachers]
+        return [summed([projector.layers for projector in column], rows) for column in columns]
 
 
-def sum_of(parts) -> torch.Tensor:
-    first, *others = parts
-    for part in others:
-        first = first + part
-    return first
-
-
-def stacked_sums(projectors: Sequence[Sequence[Projector]], rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same sums with one first product per block: projectors[teacher][block], rows[block] (rows, dim)."""
-    sums: list[torch.Tensor | None] = [None] * len(projectors)
-    for block, x in enumerate(rows):
-        pairs = [column[block].layers for column in projectors]
-        weight, bias = (torch.cat([getattr(layers[0], part) for layers in pairs]) for part in ("weight", "bias"))
-        hidden = F.gelu(F.linear(x, weight, bias)).split([layers[0].out_features for layers in pairs], dim=1)
-        for t, layers in enumerate(pairs):
-            if sums[t] is None:
-                biases = sum_of(column[b].layers[2].bias for column in (projectors[t],) for b in range(len(rows)))
-                sums[t] = F.linear(hidden[t], layers[2].weight, biases)
-            else:
-                sums[t] = torch.addmm(sums[t], hidden[t], layers[2].weight.t())
-    return sums
+def summed(projectors: Sequence[nn.Sequential], rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of what every projector makes of its rows (rows, dim)."""
+    # one by one: the gradients of a stack that is summed would be one memory, in which pieces and clips meet
+    bias = functools.reduce(torch.add, [layers[-1].bias for layers in projectors])
+    total = None
+    for layers, x in zip(projectors, rows, strict=True):
+        hidden, weight = layers[:-1](x), layers[-1].weight
+        total = F.linear(hidden, weight, bias) if total is None else torch.addmm(total, hidden, weight.t())
+    return total
 
 
 def module_name(teacher: str) -> str:

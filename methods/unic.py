@@ -34,7 +34,7 @@ from models import build_backbone, families_that, family_of
 from models.checkpoints import weights_hash
 from models.teachers import Teacher, build_teachers, check_teachers
 from randomness import counted_uniforms
-from utils import UsageError, bool_flag, cosine_scheduler, to_device
+from utils import UsageError, bool_flag, cosine_scheduler, to_device, world_size
 
 TEACHERS = "dino_vitbase_16,deit3_vitbase_16,ibot_vitbase_16,dbotft_vitbase_16"
 ADAMW = {"betas": (0.9, 0.99), "eps": 1e-8}
@@ -103,6 +103,11 @@ class UNIC(Method):
     @staticmethod
     def check_arguments(args: argparse.Namespace) -> None:
         check_teachers(args.teachers)
+        if args.batch_size_per_gpu * world_size() < 2:
+            raise UsageError(
+                f"--batch_size_per_gpu {args.batch_size_per_gpu}: teachers are standardised over the images of a step, "
+                "which one image cannot be; pass at least 2"
+            )
         family = family_of(args.arch)
         if not family.class_attention:
             known = families_that(lambda family: family.class_attention)
@@ -184,11 +189,6 @@ class UNIC(Method):
     @staticmethod
     def schedules(args: argparse.Namespace, niter: int, global_batch: int) -> dict[str, np.ndarray]:
         """``momentum`` is that of the statistics."""
-        if global_batch < 2:
-            raise UsageError(
-                f"--batch_size_per_gpu {args.batch_size_per_gpu}: teachers are standardised over the images of a step, "
-                "which one image cannot be; pass at least 2"
-            )
         first, last = args.tnorm_ema_momentum_start, args.tnorm_ema_momentum_end
         momentum = cosine_scheduler(first, last, args.epochs, niter)
         return Method.schedules(args, niter, global_batch) | {"momentum": momentum}

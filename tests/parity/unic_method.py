@@ -57,12 +57,10 @@ def lp_ladder(case: Case) -> Iterator[tuple]:
         yield f"{name} eps", norm.eps if norm else p["layernorm_eps"], p["layernorm_eps"]
         for source, made in (("options", ladder), ("shapes", Ladder(**ladder_arguments(state)).to(case.dtype))):
             made.load_state_dict(state)
-            for stacked in (False, True):
-                outputs = made(blocks, stacked=stacked)
-                for label in case.names(f"{name}/out/"):
-                    teacher, kind = label.split("/")[2:]
-                    words = f"{label} widths from {source}{', stacked' * stacked}"
-                    yield words, outputs[teacher][KINDS.index(kind)], case.arrays[label]
+            outputs = made(blocks)
+            for label in case.names(f"{name}/out/"):
+                teacher, kind = label.split("/")[2:]
+                yield f"{label} widths from {source}", outputs[teacher][KINDS.index(kind)], case.arrays[label]
 
 
 def standardise(case: Case) -> Iterator[tuple]:
