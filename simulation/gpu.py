@@ -66,13 +66,11 @@ class GPU:
                 self.watch.pinned.add(tensor)
 
     @staticmethod
-    def build(make: Callable[[], nn.Module], dtype: torch.dtype, place: Callable = lambda module: None) -> nn.Module:
+    def build(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
         """What ``make`` makes of numbers on the host, as a module without numbers on the device."""
         with unset_fake_temporarily():
             real = make()
-        fake = onto_device(real, dtype)
-        place(fake)
-        return fake
+        return onto_device(real, dtype)
 
 
 @contextlib.contextmanager

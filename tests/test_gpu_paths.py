@@ -57,7 +57,7 @@ def test_a_step_in_every_precision_waits_for_nothing(method, precision):
     check(take_steps(method, "--precision", precision))
 
 
-SWIN = ("--arch", "swin_tiny", "--patch_size", "4", "--global_crops_size", "64")
+SWIN = ("--arch", "swin_tiny", "--patch_size", "4", "--global_crops_size", "64", "--local_crops_size", "32")
 OPTIONS = {
     "pieces": ("dino", "--accum_iter", "2"),
     "pieces of masks": ("ibot", "--accum_iter", "2", "--precision", "fp16"),
@@ -65,28 +65,8 @@ OPTIONS = {
     "recomputed blocks": ("ibot", "--grad_checkpointing"),
     "batch norm in the head": ("dino", "--use_bn_in_head", "true"),
     "stochastic depth": ("dino", "--drop_path_rate", "0.3", "--precision", "fp16"),
-    "Swin": (
-        "dino",
-        "--arch",
-        "swin_tiny",
-        "--patch_size",
-        "4",
-        "--global_crops_size",
-        "64",
-        "--local_crops_size",
-        "32",
-    ),
-    "Swin, masks": (
-        "ibot",
-        "--arch",
-        "swin_tiny",
-        "--patch_size",
-        "4",
-        "--global_crops_size",
-        "64",
-        "--local_crops_size",
-        "32",
-    ),
+    "Swin": ("dino", *SWIN),
+    "Swin, masks": ("ibot", *SWIN),
     "ResNet": ("dino", "--arch", "resnet18", "--optimizer", "lars", "--use_bn_in_head", "true"),
     "SGD": ("dino", "--optimizer", "sgd"),
     "one class token": ("udi", "--number_cls_token", "1"),
