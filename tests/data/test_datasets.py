@@ -27,11 +27,6 @@ CLASS_FOLDERS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def names(source) -> list[str]:
     return [source.image_name(i) for i in range(len(source))]
 

@@ -20,11 +20,6 @@ JUNK = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def names(source) -> list[str]:
     return [os.path.relpath(source.image_name(i), source.path) for i in range(len(source))]
 

@@ -8,11 +8,6 @@ from tests.data.helpers import write_folder, write_image, write_list
 from utils import UsageError
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def names(source) -> list[str]:
     return [source.image_name(i) for i in range(len(source))]
 
