@@ -313,7 +313,7 @@ def test_no_teacher_waits_for_the_gpu(make):
         def teacher() -> Teacher:
             return Teacher("any", make(), dim=1, side=64, grid=5, pixels=CLIP)
 
-        model = gpu.build(teacher, torch.float32, lambda module: module.place(torch.bfloat16))
+        model = gpu.build(teacher, torch.float32).place(torch.bfloat16)
         images = torch.randn(4, 3, 40, 40, device=DEVICE)
         for _ in range(2):
             gpu.watch.record = Record()
