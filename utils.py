@@ -201,10 +201,17 @@ def run_cli(main: Callable[[], int | None]) -> None:
         code = error.exit_code
     except BrokenPipeError:
         code = 141
-    if not code:
+    if not code or _on_gloo():
         leave_world()
     sys.stdout.flush()
     sys.exit(code or 0)
+
+
+def _on_gloo() -> bool:
+    """Whether an error leaves the world too. Threads of gloo that still run when Python ends abort the process (exit
+    code -6 in place of ours), and gloo waits for nobody; NCCL waits for processes that may not have failed.
+    """
+    return dist.is_initialized() and dist.get_backend() == "gloo"
 
 
 def _speaks_for_its_machine() -> bool:
