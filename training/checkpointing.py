@@ -21,11 +21,13 @@ import torch
 
 from methods.base import Method
 from models.safe_load import CheckpointError, load_file
+from training.optim import complete_moments
 from training.options import parse_options, trajectory_options
 from utils import UsageError, log, save_torch
 
 FORMAT = 1
 LATEST, PREVIOUS = "checkpoint.pth", "checkpoint.previous.pth"
+COMPUTED_BY = ("fused", "foreach", "capturable", "differentiable")  # what groups say of how torch takes a step
 
 
 def save_checkpoint(run, epoch: int, step: int, numbered: bool = False) -> None:
@@ -217,11 +219,17 @@ def _differing_identity(theirs: dict[str, str], mine: dict[str, str]) -> list[st
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path) -> None:
-    """Moments and counters from the file; the groups' multipliers stay those of this run."""
-    multipliers = [{k: v for k, v in group.items() if k.endswith("_multiplier")} for group in optimizer.param_groups]
+    """Moments and counters from the file. The groups' multipliers stay those of this run, and so does how a step is
+    computed: a file of the original code, or of another device, says ``fused: None``, which takes no gate.
+    """
+    groups = [
+        group | {name: value for name, value in own.items() if name in COMPUTED_BY or name.endswith("_multiplier")}
+        for group, own in zip(state.get("param_groups", ()), optimizer.param_groups, strict=False)
+    ]
     try:
-        optimizer.load_state_dict(state)
+        if len(groups) != len(state["param_groups"]):
+            raise ValueError(f"{len(state['param_groups'])} groups there, {len(groups)} here")
+        optimizer.load_state_dict(state | {"param_groups": groups})
+        complete_moments(optimizer)
     except (ValueError, KeyError) as error:
         raise UsageError(f"{path}: its optimiser does not fit this run: {error}") from None
-    for group, own in zip(optimizer.param_groups, multipliers, strict=True):
-        group.update(own)

@@ -16,15 +16,23 @@ def build_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     if name == "sgd":
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                # a first step from zero is torch's first step; the fused kernel wants buffers for all or for none,
-                # and a layer that rested for the first epochs has its first step later
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        complete_moments(optimizer)
         return optimizer
     if name == "lars":
         return LARS(groups)
     raise UsageError(f"--optimizer {name}: choose one of {', '.join(OPTIMIZERS)}")
+
+
+def complete_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give SGD the momentum it lacks, zeros, from which a first step is torch's first step.
+
+    The fused kernel wants it for all or for none, and a layer that rested in the first epochs has its first step later.
+    """
+    if isinstance(optimizer, torch.optim.SGD):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, clock: Clock) -> None:
