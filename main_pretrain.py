@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must no
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from data.datasets import Source, open_training
 from data.decode import reading_from
@@ -50,6 +49,7 @@ from utils import (
     autocast,
     barrier,
     batch_dtype,
+    distributed,
     escape,
     git_revision,
     half_dtype,
@@ -247,10 +247,7 @@ def device_pieces(run: Run, epoch: int, step: int) -> Iterator[dict]:
 
 def share(method: Method, world: World) -> torch.nn.Module:
     """The method, or what exchanges its gradients where there are several processes."""
-    if world.size == 1:
-        return method
-    on_gpu = {"device_ids": [world.device.index]} if world.device.type == "cuda" else {}
-    return DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True, **on_gpu)
+    return method if world.size == 1 else distributed(method, world.device)
 
 
 def build(

@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+import torch
 import torch.distributed as dist
 
 from errors import UsageError
@@ -76,6 +77,11 @@ def _place_of_srun(env: Mapping[str, str]) -> Place:
 def _is_task(env: Mapping[str, str]) -> bool:
     """Whether srun started this process; a job's script and the shell of salloc are not started so."""
     return "SLURM_STEP_NUM_TASKS" in env or "SLURM_STEP_ID" in env or "SLURM_STEPID" in env
+
+
+def bound_by_srun(env: Mapping[str, str]) -> bool:
+    """Whether srun, which can show every task a GPU of its own (--gpus-per-task), started this process."""
+    return "RANK" not in env and "SLURM_PROCID" in env and _is_task(env)
 
 
 def idle_tasks(env: Mapping[str, str]) -> int:
@@ -170,8 +176,10 @@ def _point_of_url(dist_url: str) -> MeetingPoint:
     return MeetingPoint(host, port, "--dist_url")
 
 
-def join(place: Place, env: Mapping[str, str], dist_url: str, backend: str) -> None:
-    """Make the group of all processes. Whoever waits says so. Raises UsageError when they cannot meet."""
+def join(place: Place, env: Mapping[str, str], dist_url: str, backend: str, device: torch.device) -> None:
+    """Make the group of all processes, each with its ``device``. Whoever waits says so. Raises UsageError when they
+    cannot meet.
+    """
     at_torchrun = ("env://", f"tcp://{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}")
     if dist_url.startswith("file://"):
         meeting = {"init_method": dist_url}
@@ -180,7 +188,9 @@ def join(place: Place, env: Mapping[str, str], dist_url: str, backend: str) -> N
     else:
         meeting = {"store": meet(place, meeting_point(env, dist_url), _run_name(env), _advice(env))}
     try:
-        dist.init_process_group(backend, rank=place.rank, world_size=place.size, **meeting)
+        # told, NCCL connects at once, and nothing is guessed from ranks
+        on_gpu = {"device_id": device} if backend == "nccl" else {}
+        dist.init_process_group(backend, rank=place.rank, world_size=place.size, **meeting, **on_gpu)
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"{place.size} processes cannot be connected: {_one_line(error)}") from None
 

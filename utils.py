@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import inspect
 import logging
 import os
 import subprocess
@@ -17,9 +18,11 @@ from typing import NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
 
 from errors import UsageError
-from processes import idle_tasks, join, world_from
+from processes import bound_by_srun, idle_tasks, join, world_from
 
 log = logging.getLogger("tutelage")
 
@@ -53,21 +56,22 @@ def init_world(device: str = "auto", dist_url: str = "env://", backend: str | No
         raise UsageError("--device cuda: this machine shows no GPU; use --device cpu or check the driver")
     if backend == "nccl" and gpus == 0:
         raise UsageError("--backend nccl: it connects GPUs and there is none to use; pass --backend gloo")
-    if gpus and place.local_size > gpus:
+    own_gpu = gpus == 1 and bound_by_srun(os.environ)
+    if gpus and place.local_size > gpus and not own_gpu:
         raise UsageError(
             f"{place.local_size} processes on this machine, which shows each of them {gpus} GPU(s): start at most "
             f"{gpus} (torchrun --nproc_per_node, SLURM's --ntasks-per-node with --gpus-per-node), or pass --device cpu "
             "to run them all on the processor"
         )
+    used = torch.device("cuda", 0 if own_gpu else place.local_rank) if gpus else torch.device("cpu")
     if gpus:
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(used)
     if place.size > 1 and not dist.is_initialized():
-        join(place, os.environ, dist_url, backend or ("nccl" if gpus else "gloo"))
+        join(place, os.environ, dist_url, backend or ("nccl" if gpus else "gloo"), used)
     log.handlers = [logging.StreamHandler(sys.stdout)]
     log.setLevel(logging.INFO if place.rank == 0 else logging.ERROR)
     if idle := idle_tasks(os.environ):
         log.info("not started by srun: one process alone, %d of SLURM's tasks stay idle", idle)
-    used = torch.device("cuda", place.local_rank) if gpus else torch.device("cpu")
     return World(place.rank, place.size, place.local_rank, used)
 
 
@@ -92,6 +96,14 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, tensor.detach().contiguous())
     return torch.cat(parts)
+
+
+def distributed(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """What exchanges the gradients of ``module``; its buffers are each process's own, and equal by construction."""
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # from torch 2.14 on
+    options = {"forward_sync_buffers" if renamed else "broadcast_buffers": False, "gradient_as_bucket_view": True}
+    on_gpu = {"device_ids": [device.index]} if device.type == "cuda" else {}
+    return DistributedDataParallel(module, **options, **on_gpu)
 
 
 def barrier() -> None:

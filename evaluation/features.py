@@ -242,12 +242,17 @@ class _Progress:
 
 @contextlib.contextmanager
 def evaluating(model: Callable) -> Iterator[None]:
-    """``model`` in evaluation mode; afterwards every part of it is again in the mode it was in."""
+    """``model`` in evaluation mode and as it was written; afterwards every part of it is again in the mode it was in.
+
+    A network that is compiled for training would be compiled anew for the batches and modes of an evaluation.
+    """
     modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
+    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in modes)
     for module in modes:
         module.training = False
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from data.finetune_views import FinetuneViews
 from data.loader import steps_per_epoch
@@ -19,7 +18,7 @@ from evaluation.finetune_steps import Stepper, drop_path_draws, mix, seed_dropou
 from evaluation.run import labelled_batches, means_over_images, tell_replaced, tested_or_saved, training_pieces
 from models.checkpoints import weights_hash
 from models.finetuned import layer_decay_groups
-from utils import UsageError, World, all_reduce_sum, autocast, batch_dtype, cosine_scheduler, log
+from utils import UsageError, World, all_reduce_sum, autocast, batch_dtype, cosine_scheduler, distributed, log
 
 LINES_EVERY = 10  # steps
 
@@ -56,8 +55,7 @@ def build_run(args: argparse.Namespace, world: World) -> FinetuneRun:
 
         run.ema = ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
     if world.size > 1 and not args.eval:
-        on_gpu = {"device_ids": [world.device.index]} if world.device.type == "cuda" else {}
-        run.model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, **on_gpu)
+        run.model = distributed(model, world.device)
     return run
 
 

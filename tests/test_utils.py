@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import utils
 from utils import (
     Parser,
     UsageError,
@@ -161,6 +162,26 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=r"4 processes on this machine, .* 2 GPU\(s\): .*--nproc_per_node"):
         init_world("auto")
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_task_of_srun_that_is_shown_one_gpu_takes_it(monkeypatch, bound):
+    """``srun --gpus-per-task=1``: every task of a machine has its own, as cuda:0. torchrun shows all to everybody."""
+    joined = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    monkeypatch.setattr(utils, "join", lambda *arguments: joined.append(arguments[-2:]))
+    srun = {"SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "4"}
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in (srun if bound else srun | torchrun).items():
+        monkeypatch.setenv(name, value)
+    if not bound:
+        with pytest.raises(UsageError, match="4 processes on this machine"):
+            init_world("auto")
+        return
+    world = init_world("auto")
+    own = torch.device("cuda", 0)
+    assert world == utils.World(3, 4, 3, own) and joined == [own, ("nccl", own)]
 
 
 def two_tasks(code: str) -> list[list[str]]:

@@ -7,10 +7,12 @@ from torch._dynamo.utils import counters
 
 import main_pretrain
 from data.loader import normalise, stack
+from evaluation.features import class_token, evaluating
 from methods import method_class
 from methods.base import Clock
 from tests.launch import argv
 from training.options import parse_options
+from training.preview import attention_pictures
 
 # two sizes of crops, other patches hidden in every step, branches dropped
 OPTIONS = {"method": "ibot", "patch_out_dim": 48, "shared_head": "true", "warmup_teacher_temp_epochs": 0}
@@ -45,3 +47,21 @@ def test_blocks_are_compiled_whole_and_not_again_after_the_second_size_of_batch(
         frames.append(counters["frames"]["ok"])
     assert frames[0] > 0 and frames[2] == frames[-1]
     assert counters["frames"]["total"] == counters["frames"]["ok"] and not counters["graph_break"]
+
+
+def test_a_network_that_is_evaluated_meanwhile_is_not_compiled_for_it(monkeypatch):
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled(module, backend="eager"))
+    args = parse_options(argv(precision="fp32", compile=True))
+    method = method_class(args.method).build(args)
+    images, backbone = torch.randn(5, 3, 32, 32), method.evaluation_backbone()
+    with evaluating(backbone), torch.no_grad():
+        plain = class_token(backbone, images)
+    main_pretrain.prepare_blocks(method, args)
+    with evaluating(backbone), torch.no_grad():
+        assert torch.equal(class_token(backbone, images), plain)
+    attention_pictures(backbone, images)
+    assert not counters["frames"]
+    with torch.no_grad():
+        class_token(backbone, images)
+    assert counters["frames"]["ok"]
