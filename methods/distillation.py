@@ -18,7 +18,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MiB of float32
-HEADROOM = 2.0**10  # exact in every format; keeps fp16 gradients of the logits above its smallest numbers
+# exact in every format. fp16: gradients of the logits (1 / 65536 and more) stay among its normal numbers, and their
+# product with the vectors of FP16_ROWS rows below its largest, were all of these alike
+HEADROOM, FP16_ROWS = 2.0**3, 1024
 
 
 def teacher_probabilities(logits: torch.Tensor, centre: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -137,6 +139,8 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             common = shared.max() if len(shared) else shared.new_ones(())
             relative = (shared / common)[:, None]
             chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+            if compute == torch.float16:
+                chunk = min(chunk, FP16_ROWS)
             for first in range(0, len(z), chunk):
                 rows = slice(first, first + chunk)
                 logits = (zc[rows] @ wc.t()).to(accurate).div_(temperature)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from methods import distillation
 from methods.distillation import (
@@ -95,6 +96,21 @@ def test_half_precision_stays_close_to_float32(dtype):
     for got, expected in zip(torch.autograd.grad(half, [z, weight]), exact_grads, strict=True):
         assert got.dtype == torch.float32
         assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("alike", [0.1, 0.3, 1.0])
+def test_fp16_gradients_of_similar_rows_with_one_target_stay_finite(alike):
+    """Where a run begins to collapse: no scale of the loss would help, since the products come before it."""
+    rows, prototypes = 2048, 4096
+    z = F.normalize(torch.randn(1, 64) + 0.01 * torch.randn(rows, 64)).requires_grad_()
+    weight = F.normalize(torch.randn(prototypes, 64)).requires_grad_()
+    choice = torch.where(torch.arange(rows) < alike * rows, 7, torch.arange(rows))
+    targets = [Targets(F.one_hot(choice, prototypes).float(), torch.arange(rows), 2 * torch.ones(rows), 1 / rows)]
+    exact = torch.autograd.grad(prototype_cross_entropy(z, weight, targets, 0.1)[0], [z, weight])
+    with torch.autocast("cpu", torch.float16):
+        half = torch.autograd.grad(prototype_cross_entropy(z, weight, targets, 0.1)[0], [z, weight])
+    for got, expected in zip(half, exact, strict=True):
+        assert (got - expected).norm() < 0.01 * expected.norm()
 
 
 def test_a_perfect_student_pays_the_teachers_entropy():

@@ -1,9 +1,12 @@
 """What --dry_run says a run will need of a GPU."""
 
+import gc
 import re
+import warnings
 from collections import Counter
 
 import pytest
+from torch._subclasses.fake_tensor import FakeTensor
 
 import main_pretrain
 from simulation.gpu import obstacle
@@ -34,6 +37,14 @@ def test_recomputed_blocks_need_less_memory_and_more_products():
     kept, recomputed = plan(), plan("--grad_checkpointing")
     assert recomputed.parts["activations"] < 0.6 * kept.parts["activations"]
     assert recomputed.flops > 1.1 * kept.flops
+
+
+def test_nothing_of_a_simulation_stays_alive():
+    plan()
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some objects warn when they are looked at
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, FakeTensor)]
 
 
 def test_processes_keep_their_gradients_and_exchange_as_many_bytes_as_are_trained():
