@@ -25,6 +25,7 @@ import torch
 from data.datasets import Source, open_training
 from data.decode import reading_from
 from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
+from data.published import DATASET_OPTIONS, place_from
 from lock import hold
 from methods import method_class
 from methods.base import Clock, Method
@@ -262,7 +263,7 @@ def build(
     The last three arguments are for a run that is only simulated: its images, where its method is made, and how its
     gradients are exchanged.
     """
-    source = source or open_training(args.data_path, args.subset, args.split).read_as(reading_from(args))
+    source = source or open_training(place_from(args), args.subset, args.split).read_as(reading_from(args))
     global_batch = args.batch_size_per_gpu * world.size
     niter = steps_per_epoch(len(source), global_batch)
 
@@ -319,7 +320,7 @@ def main() -> int:
     args = parse_options(sys.argv[1:])
     world = init_world(args.device, args.dist_url, args.backend)
     if args.replay:
-        given = options_named(args, ("data_path", "split", "precision"), sys.argv[1:])
+        given = options_named(args, ("data_path", *DATASET_OPTIONS, "split", "precision"), sys.argv[1:])
         return replay(Path(args.replay), given, world)
     check_options(args, world)
     prepare_device(args, world)

@@ -1,135 +1,32 @@
-"""Sources of images: class folders, nested folders, lists of paths, zip archives, and the bundled photographs.
+"""Sources of images: class folders, nested folders, lists of paths, zip and tar archives, published data sets in forms
+of their own, and the bundled photographs.
 
 ``open_source`` is the door, ``open_training`` the one for a root that may hold splits (data/splits.py). A source knows
-names and labels of its images from an index that is made once and kept (data/index.py), and reads one image at a time.
-Sources are cheap to pickle: a worker opens the index's file anew.
+names and labels of its images from an index that is made once and kept (data/index.py), and reads one image at a time
+(data/encoded.py). Where a path does not tell how images are stored, it is a ``Published``, as options say.
 """
 
-import copy
 import functools
 import os
-import struct
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from data.bundled import BundledTiles
-from data.decode import PLAIN, BadImage, Reading, decode_array, decode_pil
+from data.decode import BadImage, Reading
+from data.encoded import FileSource, TarSource, ZipSource
 from data.index import Index, cached_index
 from data.listing import EXTENSIONS, list_folder, list_zip, plain_splits, splits_below
 from data.lists import check_listed, list_file
+from data.published import Published, open_published
+from data.shards import holds_shards, is_archive, is_shard_list, list_shards
 from data.source import Source
 from data.splits import Splits, has_splits, split_word
 from utils import UsageError, escape, log
 
 __all__ = ["EXTENSIONS", "BadImage", "Source", "open_source", "open_training"]
-
-
-class IndexedSource(Source):
-    """Encoded images that an index lists; ``read`` fetches the bytes of one. ``inner``: the folder of an archive."""
-
-    reading = PLAIN
-
-    def __init__(self, path: Path, index: Index, inner: str = ""):
-        self.path, self.index = path, index
-        self.name = f"{escape(path / inner)} ({self.size})"
-
-    @property
-    def size(self) -> str:
-        classes = f", {len(self.index.class_names)} classes" if self.index.class_names else ""
-        return f"{len(self.index)} images{classes}"
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.index.labels
-
-    @property
-    def class_names(self) -> list[str]:
-        return self.index.class_names
-
-    @property
-    def fingerprint(self) -> str:
-        return self.index.fingerprint + self.reading.mark
-
-    def read_as(self, reading: Reading) -> "IndexedSource":
-        source = copy.copy(self)
-        source.reading = reading
-        source.name += ", turned by EXIF" * reading.exif
-        return source
-
-    def read(self, index: int) -> bytes:
-        """The encoded image. Raises BadImage."""
-        raise NotImplementedError
-
-    def array(self, index: int) -> np.ndarray:
-        return decode_array(self.read(index), self.image_name(index), self.reading)
-
-    def pil(self, index: int) -> Image.Image:
-        return decode_pil(self.read(index), self.image_name(index), self.reading)
-
-
-class FileSource(IndexedSource):
-    """Files whose names are relative to ``root`` (or absolute)."""
-
-    def __init__(self, path: Path, index: Index, root: Path, inner: str = ""):
-        super().__init__(path, index, inner)
-        self.root = str(root)
-
-    def image_name(self, index: int) -> str:
-        return escape(self._file(index))
-
-    def _file(self, index: int) -> str:
-        return os.path.join(self.root, self.index.names[index])
-
-    def read(self, index: int) -> bytes:
-        try:
-            with open(self._file(index), "rb") as file:
-                return file.read()
-        except (OSError, ValueError) as error:  # ValueError: a NUL in a listed name
-            raise BadImage(self.image_name(index), getattr(error, "strerror", None) or str(error)) from error
-
-
-class ZipSource(IndexedSource):
-    """Images inside a zip, which is never unpacked: the index knows where each one lies.
-
-    The archive is opened once in every process. Processes that were forked after that open it anew, so that none of
-    them depends on another's file.
-    """
-
-    def __init__(self, path: Path, index: Index, inner: str = ""):
-        super().__init__(path, index, inner)
-        self._archive, self._pid = None, None
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_archive": None, "_pid": None}
-
-    def image_name(self, index: int) -> str:
-        return escape(f"{self.path}/{self.index.names[index]}")
-
-    def read(self, index: int) -> bytes:
-        offset, packed_size, size, method, checksum = self.index.places[index].tolist()
-        try:
-            if self._pid != os.getpid():
-                self._archive, self._pid = open(self.path, "rb"), os.getpid()  # noqa: SIM115 (stays open)
-            header = os.pread(self._archive.fileno(), _LOCAL_HEADER.size, offset)
-            signature, name_size, extra_size = _LOCAL_HEADER.unpack(header)
-            if signature != b"PK\3\4":
-                raise ValueError("the archive has changed or is damaged here")
-            start = offset + _LOCAL_HEADER.size + name_size + extra_size
-            data = os.pread(self._archive.fileno(), packed_size, start)
-            if method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompress(data, wbits=-15, bufsize=max(1, size))
-            if len(data) != size or zlib.crc32(data) != checksum:
-                raise ValueError("its checksum is wrong: the archive is damaged here")
-        except (OSError, ValueError, struct.error, zlib.error) as error:
-            raise BadImage(self.image_name(index), " ".join(str(error).split())) from error
-        return data
-
-
-_LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 ALL = -1  # --subset -1, as AttMask writes it
@@ -174,8 +71,13 @@ class SubsetSource(Source):
 SPLITS = ("train", "all")  # --split: what of a root that holds splits is trained on
 
 
-def training_path(data_path: str | None, split: str = "train") -> str | None:
+Place = str | Published  # where images are
+
+
+def training_path(data_path: Place | None, split: str = "train") -> Place | None:
     """Where the training images are: ``data_path`` itself or, of a root that holds splits, the folder for training."""
+    if isinstance(data_path, Published):
+        return data_path.of("train")
     if data_path is None or split == "all":
         return data_path
     path = Path(os.path.abspath(data_path))
@@ -184,12 +86,14 @@ def training_path(data_path: str | None, split: str = "train") -> str | None:
     return data_path if name is None else str(splits.path(path, name))
 
 
-def train_and_test_paths(data_path: str, watched: bool = False, listed: bool = True) -> tuple[str, str]:
+def train_and_test_paths(data_path: Place, watched: bool = False, listed: bool = True) -> tuple[Place, Place]:
     """Where a root that holds splits has its training and its test images. Raises UsageError where it holds none.
 
     ``watched``: for a look during training, see ``Splits.test``. ``listed``: whether a folder may be listed to find
     them; one that the user did not name may be anything.
     """
+    if isinstance(data_path, Published):
+        return data_path.of("train"), data_path.of("val")
     path = Path(os.path.abspath(data_path))
     if os.path.isdir(path) and (plain_splits(path) or split_word(path.name) or not listed):
         splits = splits_below(path) or Splits()
@@ -203,20 +107,22 @@ def train_and_test_paths(data_path: str, watched: bool = False, listed: bool = T
     return str(splits.path(path, train)), str(splits.path(path, test))
 
 
-def testing_path(data_path: str) -> str:
+def testing_path(data_path: Place) -> Place:
     """Where the test images are: ``data_path`` itself or, of a root that holds splits, the folder for testing."""
+    if isinstance(data_path, Published):
+        return data_path.of("val")
     path = Path(os.path.abspath(data_path))
     splits, _ = _splits(path)
     name = splits.test(path)
     return data_path if name is None else str(splits.path(path, name))
 
 
-def open_training(data_path: str | None, subset: int | None = None, split: str = "train") -> Source:
+def open_training(data_path: Place | None, subset: int | None = None, split: str = "train") -> Source:
     """The images to be trained on; of a root that holds splits a line in the log says which, and what is left alone.
 
     ``split``: one of SPLITS. The rest is as for ``open_source``.
     """
-    if data_path is None or split == "all":
+    if data_path is None or split == "all" or isinstance(data_path, Published):
         return open_source(data_path, subset)
     check_subset(subset)
     path = Path(os.path.abspath(data_path))
@@ -229,20 +135,27 @@ def open_training(data_path: str | None, subset: int | None = None, split: str =
     return _subset_of(source, subset)
 
 
-def open_source(data_path: str | None, subset: int | None = None, split: str = "train", start: int = 0) -> Source:
+def open_source(data_path: Place | None, subset: int | None = None, split: str = "train", start: int = 0) -> Source:
     """The images at ``data_path``; None is the bundled set, of which ``split`` names the part (paths are one part).
 
     A folder is read as torchvision's ImageFolder reads it: the first folder below it is the class. When an image lies
-    in the folder itself, the folder has no classes. A zip likewise, after the folders that all its images share.
-    Any other file lists paths, one per line, absolute or relative to the list, optionally followed by a tab and a
-    label. A path may go on inside: images.zip/data/train, or list.txt/imagenet/train for what is listed below
-    /imagenet/train. ``subset``: that many images of every class from image ``start`` on; None or -1 is all. With
-    several processes, all of them have to call this.
+    in the folder itself, the folder has no classes. A zip likewise, after the folders that all its images share; tar
+    archives too, one, or a folder or list of them (data/shards.py). Any other file lists paths, one per line, absolute
+    or relative to the list, optionally followed by a tab and a label. A path may go on inside: images.zip/data/train,
+    list.txt/imagenet/train for what is listed below /imagenet/train, or shards/train for archives named train-0000.tar.
+    ``subset``: that many images of every class from image ``start`` on; None or -1 is all. With several processes, all
+    of them have to call this.
 
     Raises UsageError.
     """
     check_subset(subset)
-    source = BundledTiles(split=split) if data_path is None else _open_path(Path(os.path.abspath(data_path)))
+    if data_path is None:
+        source = BundledTiles(split=split)
+    elif isinstance(data_path, Published):
+        source = open_published(data_path)
+        _say(source.index.notes)
+    else:
+        source = _open_path(Path(os.path.abspath(data_path)))
     return _subset_of(source, subset, start)
 
 
@@ -267,37 +180,59 @@ def _splits(path: Path) -> tuple[Splits, Index | None]:
 def _open_path(path: Path, index: Index | None = None) -> Source:
     index = _index(path) if index is None else index
     place, inner = _place(path)
-    notes = index.notes
-    if os.path.isdir(place):
-        source = FileSource(path, index, root=path)
-    elif _is_zip(place):
+    notes, folder = index.notes, os.path.isdir(place)
+    if len(index.places) and not folder and _is_zip(place):
         source = ZipSource(place, index, inner)
+    elif len(index.places):
+        source = TarSource(place, index, place if folder else place.parent, inner)
+    elif folder:
+        source = FileSource(path, index, root=path)
     else:
         source = FileSource(place, index, place.parent, inner)
         notes = notes + check_listed(place, index)
+    _say(notes)
+    return source
+
+
+def _say(notes: list[str]) -> None:
     for note in notes:
         _say_once(note)
-    return source
 
 
 def _index(path: Path) -> Index:
     place, inner = _place(path)
     if os.path.isdir(place):
-        return cached_index(path, path, lambda: list_folder(path))
-    build = list_zip if _is_zip(place) else list_file
+        return cached_index(path, place, lambda: _list_folder(place, inner))
+    if is_archive(place.name) or (not _is_zip(place) and is_shard_list(place)):
+        build = list_shards
+    else:
+        build = list_zip if _is_zip(place) else list_file
     return cached_index(path, place.parent, lambda: build(place, inner))
 
 
+def _list_folder(folder: Path, inner: str) -> Index:
+    if inner:
+        return list_shards(folder, inner)
+    try:
+        return list_folder(folder)
+    except UsageError:
+        if holds_shards(folder):
+            return list_shards(folder)
+        raise
+
+
 def _place(path: Path) -> tuple[Path, str]:
-    """A folder or a file, and what of ``path`` is inside that file. Raises UsageError."""
+    """A folder or a file, and what of ``path`` is inside that file or its archives. Raises UsageError."""
     if os.path.exists(path):
         return path, ""
     there = next(parent for parent in path.parents if os.path.exists(parent))
-    if os.path.isfile(there):
+    if os.path.isfile(there) or any(map(is_archive, os.listdir(there))):
         return there, path.relative_to(there).as_posix()
     missing = next(parent for parent in (path, *path.parents) if parent.parent == there)
     what = "no such path" if missing == path else f"{escape(missing)} does not exist"
-    raise UsageError(f"--data_path {escape(path)}: {what}; pass a folder, a .txt list or a .zip of images")
+    raise UsageError(
+        f"--data_path {escape(path)}: {what}; pass a folder, a .txt list, a .zip of images, or .tar archives of them"
+    )
 
 
 def _is_zip(file: Path) -> bool:

@@ -72,7 +72,7 @@ def shown(names: list[str]) -> str:
 def list_folder(root: Path) -> Index:
     """All images below ``root``, in ImageFolder's order. Raises UsageError when there are none."""
     images, folders, others, passed = [], [], [], PassedOver()
-    for folder, modified, files in _walk(str(root), "", (), passed):
+    for folder, modified, files in walk(str(root), "", (), passed):
         folders.append((folder, modified))
         for name in files:
             (images if is_image(name) else others).append((folder, name))
@@ -100,7 +100,7 @@ def list_folder(root: Path) -> Index:
     )
 
 
-def _walk(root: str, folder: str, above: tuple, passed: PassedOver) -> Iterator[tuple[str, int, list[str]]]:
+def walk(root: str, folder: str, above: tuple, passed: PassedOver) -> Iterator[tuple[str, int, list[str]]]:
     """(folder relative to root, its modification time in ns, names of its files), links followed but in no circle.
 
     The time is read before the folder is, so that what is added meanwhile shows.
@@ -130,7 +130,7 @@ def _walk(root: str, folder: str, above: tuple, passed: PassedOver) -> Iterator[
         raise _cannot_be_read(root, here, error) from error
     yield folder, status.st_mtime_ns, files
     for name in subfolders:
-        yield from _walk(root, os.path.join(folder, name), (*above, identity), passed)
+        yield from walk(root, os.path.join(folder, name), (*above, identity), passed)
 
 
 def _kind(entry: os.DirEntry, root: str) -> str:
@@ -172,7 +172,7 @@ def splits_below(root: Path) -> Splits | None:
         folders[name] = bool(_subfolders(root, root / name, ENOUGH))
     if not all(folders[name] for name in trains):  # where the others might be classes, only those with images count
         for name in others:
-            if not any(any(map(is_image, files)) for _, _, files in _walk(str(root), name, (), PassedOver())):
+            if not any(any(map(is_image, files)) for _, _, files in walk(str(root), name, (), PassedOver())):
                 del folders[name]
     return Splits(folders=folders)
 
@@ -193,6 +193,31 @@ def list_zip(path: Path, inner: str = "") -> Index:
     Raises UsageError when there are none, or when one cannot be read in place.
     """
     status = stamp_of_file(path)
+    places, seen, passed = zip_images(path, inner)
+    if not places:
+        holds = f"it holds {shown(seen)}" if seen else "it is empty"
+        where = f"--data_path {escape(path / inner)}"
+        raise UsageError(f"{where}: no images in this {'folder of the ' * bool(inner)}archive; {holds}")
+    images = list(places)
+    names, labels, class_names = _with_classes(images, shared=shared_folders(images))
+    rows = np.array([places[os.path.split(name)] for name in names], np.int64)
+    start = f"{inner}/" if inner else ""
+    return Index(
+        Strings.pack(names),
+        labels,
+        class_names,
+        Strings.pack([path.name]),
+        status,
+        rows,
+        splits=find_splits({folder[len(start) :] for folder, _ in images}),
+        notes=passed.notes(path / inner),
+    )
+
+
+def zip_images(path: Path, inner: str = "") -> tuple[dict[tuple[str, str], tuple], list[str], PassedOver]:
+    """(folder, name) of every image -> its place for ZipSource, in the order of the archive's directory; the names of
+    all entries; and what was passed over. Raises UsageError for what cannot be read in place.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -205,7 +230,7 @@ def list_zip(path: Path, inner: str = "") -> Index:
         folder, name = os.path.split(entry.filename)
         if not entry.filename.startswith(start):
             continue
-        outermost = _hidden_part(entry.filename, start)
+        outermost = hidden_part(entry.filename, start)
         if outermost is not None:
             if is_image(name) or outermost != entry.filename:
                 hidden.add(outermost)
@@ -222,26 +247,10 @@ def list_zip(path: Path, inner: str = "") -> Index:
             place = (entry.header_offset, entry.compress_size, entry.file_size, entry.compress_type, entry.CRC)
             places[folder, name] = place
     passed.hidden = list(hidden)
-    if not places:
-        seen = [entry.filename for entry in entries]
-        holds = f"it holds {shown(seen)}" if seen else "it is empty"
-        raise UsageError(f"{where}: no images in this {'folder of the ' * bool(inner)}archive; {holds}")
-    images = list(places)
-    names, labels, class_names = _with_classes(images, shared=_shared_folders(images))
-    rows = np.array([places[os.path.split(name)] for name in names], np.int64)
-    return Index(
-        Strings.pack(names),
-        labels,
-        class_names,
-        Strings.pack([path.name]),
-        status,
-        rows,
-        splits=find_splits({folder[len(start) :] for folder, _ in images}),
-        notes=passed.notes(path / inner),
-    )
+    return places, [entry.filename for entry in entries], passed
 
 
-def _hidden_part(name: str, start: str) -> str | None:
+def hidden_part(name: str, start: str) -> str | None:
     """The outermost file or folder of ``name`` in an archive that is hidden; ``start`` of it does not count."""
     parts = name[len(start) :].split("/")
     first = next((position for position, part in enumerate(parts) if is_hidden(part)), None)
@@ -263,7 +272,7 @@ def _with_classes(images: list[tuple[str, str]], shared: int = 0) -> tuple[list[
     return names, np.array([number[key[0]] for key, _, _ in keyed], np.int64), class_names
 
 
-def _shared_folders(images: list[tuple[str, str]]) -> int:
+def shared_folders(images: list[tuple[str, str]]) -> int:
     """How many leading folders all images share, less one if an image lies in the last of them."""
     folders = [folder.split("/") if folder else [] for folder in {folder for folder, _ in images}]
     shared = 0

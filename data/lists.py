@@ -40,7 +40,7 @@ def list_file(path: Path, inner: str = "") -> Index:
     if not lines:
         what = f"no line names an image below {escape(top)}" if inner else "this list of images is empty"
         raise UsageError(f"--data_path {escape(path)}: {what}")
-    labels, class_names = _number([label for _, label in lines.values()])
+    labels, class_names = number_labels([label for _, label in lines.values()])
     return Index(
         Strings.pack([name for name, _ in lines.values()]),
         labels,
@@ -143,7 +143,7 @@ def _refuse(path: Path, number: int, read: str, reason: str) -> None:
     raise UsageError(f"--data_path {escape(path)}: line {number}, '{escape(read)}': {reason}")
 
 
-def _number(texts: list[str]) -> tuple[np.ndarray, list[str]]:
+def number_labels(texts: list[str]) -> tuple[np.ndarray, list[str]]:
     """Labels as text -> (labels, class names); the empty text is unknown, -1."""
     distinct = sorted(set(texts) - {""})
     if all(text.isdecimal() and text.isascii() and len(text) < 7 for text in distinct):

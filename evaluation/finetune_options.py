@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data.datasets import check_subset
 from data.decode import add_reading_arguments
+from data.published import place_from
 from evaluation.network import add_process_arguments
 from evaluation.sets import SKIP_HELP, add_path_arguments
 from utils import PRECISIONS, Parser, UsageError, check_writable
@@ -17,6 +18,7 @@ def get_args_parser() -> Parser:
     _add_optimisation(parser.add_argument_group("optimisation").add_argument)
     _add_augmentation(parser.add_argument_group("augmentation").add_argument)
     data = parser.add_argument_group("data and results")
+    add_path_arguments(data)
     _add_data_and_results(data.add_argument)
     add_reading_arguments(data)
     add_process_arguments(parser.add_argument_group("processes"))
@@ -91,7 +93,6 @@ def _add_augmentation(add) -> None:
 
 
 def _add_data_and_results(add) -> None:
-    add_path_arguments(add)
     add("--data_set", default="IMNET", choices=["IMNET", "image_folder"], help="accepted; the folders tell")
     add("--nb_classes", default=None, type=int, help="left out: those of the training images")
     add("--subset", default=None, type=int, help="training images per class; left out or -1: all")
@@ -111,6 +112,7 @@ def _add_data_and_results(add) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise UsageError for values that cannot work, before anything is read."""
     check_subset(args.subset)
+    place_from(args)
     at_least_one = ("batch_size_per_gpu", "update_freq", "epochs", "save_ckpt_freq", "recount", "input_size")
     for name in (*at_least_one, "patch_size", "window_size", "nb_classes"):
         value = getattr(args, name)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.nn as nn
 
+from data.published import DATASET_OPTIONS
 from evaluation.finetune_steps import Stepper
 from evaluation.results import write_result
 from evaluation.run import Run, log_before, notes, refuse_another_run, save_run, take_notes
@@ -21,7 +22,7 @@ FREE = {"data_path", "eval_data_path", "data_set", "output_dir", "log_dir", "num
 FREE |= {"local_rank", "backend", "finetune", "checkpoint_key", "model_key", "resume", "auto_resume", "dist_eval"}
 FREE |= {"save_ckpt_freq", "batch_size_per_gpu", "update_freq", "model", "patch_size", "window_size", "input_size"}
 FREE |= {"model_ema_force_cpu", "crop_pct", "skip_unreadable"}
-FREE |= {"exif", "max_image_pixels"}  # they are in the fingerprints
+FREE |= {*DATASET_OPTIONS, "exif", "max_image_pixels"}  # they are in the fingerprints
 
 
 @dataclass(kw_only=True)

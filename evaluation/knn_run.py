@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from data.datasets import ALL, BadImage, Source
 from data.decode import reading_from
 from data.preprocess import eval_transform
+from data.published import place_from
 from evaluation.baselines import BINS, RAW_SIDE, colour_histogram, raw_pixels
 from evaluation.cache import FeatureCache
 from evaluation.features import Feature, extract_features
@@ -81,7 +82,7 @@ def build_run(args: argparse.Namespace, world: World) -> KnnRun:
     per_class = None if args.subset == ALL else args.subset
     first, last = min(args.subset_starts), max(args.subset_starts)
     span = per_class and last - first + per_class
-    images = open_train_and_test(args.data_path, span, first, args.eval_data_path)
+    images = open_train_and_test(place_from(args), span, first, args.eval_data_path)
     sets = Sets(images, reading_from(args), crop_and_resize(args, network))
     rows = {
         start: bank_rows(sets.train_labels, per_class, start - first) if per_class else slice(None)

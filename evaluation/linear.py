@@ -11,6 +11,7 @@ import torch
 from data.decode import reading_from
 from data.loader import TrainLoader
 from data.preprocess import eval_transform
+from data.published import place_from
 from data.views import LinearViews
 from evaluation.features import CLS, Feature, token_features
 from evaluation.linear_heads import LinearHeads, Probe, Recipe, best_head, cosine_factor, heads_of, initial_heads
@@ -37,7 +38,7 @@ def build_run(args: argparse.Namespace, world: World) -> LinearRun:
     network = network_from_options(args)
     model = network.model.to(world.device).eval().requires_grad_(False)
     features = chosen_features(network, args.n_last_blocks, args.avgpool_patchtokens, args.class_token)
-    images = open_train_and_test(args.data_path, args.subset, eval_data_path=args.eval_data_path)
+    images = open_train_and_test(place_from(args), args.subset, eval_data_path=args.eval_data_path)
     sets = Sets(images, reading_from(args), crop_and_resize(args, network), args.num_labels)
     log.info(str(sets))
     recipes = [Recipe(lr) for lr in dict.fromkeys(args.lr or [0.001])]

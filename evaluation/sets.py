@@ -1,13 +1,13 @@
 """The images of an evaluation: train and test, what happens to them, and their labels under common class numbers."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from data.datasets import Source, check_subset, open_source, testing_path, train_and_test_paths, training_path
+from data.datasets import Place, Source, check_subset, open_source, testing_path, train_and_test_paths, training_path
 from data.decode import Reading, add_reading_arguments
+from data.published import Published, add_dataset_arguments, place_from
 from evaluation.features import labels_of
 from models.checkpoints import Network
 from models.layouts.table import recorded_image_size
@@ -19,7 +19,7 @@ SKIP_HELP = "leave out test images that cannot be read, and count them; left out
 def add_data_arguments(parser: argparse._ActionsContainer) -> None:
     """The options by which evaluations on a train and a test set are told what to look at it with."""
     add = parser.add_argument
-    add_path_arguments(add)
+    add_path_arguments(parser)
     add("--subset", default=None, type=int, help="training images per class; left out or -1: all")
     add("--crop_size", default=None, type=int, help="pixels; left out: the checkpoint's own, else 224")
     add("--resize_size", default=None, type=int, help="shorter side before the crop; left out: crop * 256 / 224")
@@ -29,15 +29,18 @@ def add_data_arguments(parser: argparse._ActionsContainer) -> None:
     add("--skip_unreadable", action="store_true", help=SKIP_HELP)
 
 
-def add_path_arguments(add: Callable) -> None:
-    what = "folder, list (.txt) or zip with train/ and val/ or test/; left out: tiles of the bundled photographs"
+def add_path_arguments(parser: argparse._ActionsContainer) -> None:
+    add = parser.add_argument
+    what = "folder, list (.txt), zip or tar archives with train/ and val/ or test/; left out: bundled tiles"
     add("--data_path", default=None, help=what)
     add("--eval_data_path", default=None, help="the test images, where they are elsewhere or could be one of several")
+    add_dataset_arguments(parser)
 
 
 def check_common_arguments(args: argparse.Namespace) -> None:
     """Raise UsageError for values that cannot work, before anything is read."""
     check_subset(args.subset)
+    place_from(args)
     for name in ("crop_size", "resize_size", "batch_size_per_gpu", "patch_size", "window_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -59,11 +62,12 @@ def crop_and_resize(args: argparse.Namespace, network: Network) -> tuple[int, in
 
 
 def open_train_and_test(
-    data_path: str | None, subset: int | None, start: int = 0, eval_data_path: str | None = None
+    data_path: Place | None, subset: int | None, start: int = 0, eval_data_path: str | None = None
 ) -> tuple[Source, Source]:
     """Of ``data_path`` the training images, all or ``subset`` of every class, and the test images (data/splits.py).
 
-    ``start``: which image of every class is the subset's first. ``eval_data_path``: where the test images are instead.
+    ``start``: which image of every class is the subset's first. ``eval_data_path``: where the test images are instead,
+    stored as those of ``data_path``.
     None is the photographs.
     """
     if data_path is None:
@@ -73,7 +77,8 @@ def open_train_and_test(
     if eval_data_path is None:
         train, test = train_and_test_paths(data_path)
     else:
-        train, test = training_path(data_path), testing_path(eval_data_path)
+        beside = data_path.beside(eval_data_path) if isinstance(data_path, Published) else eval_data_path
+        train, test = training_path(data_path), testing_path(beside)
     return open_source(train, subset, "train", start), open_source(test, split="val")
 
 

@@ -13,6 +13,7 @@ import torch
 from data.datasets import open_training
 from data.decode import reading_from
 from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
+from data.published import place_from
 from methods import method_class
 from methods.base import Clock, Method
 from models.batch_norm import batch_norm_of_the_batch
@@ -104,7 +105,7 @@ class BlackBox:
 def replay(path: Path, overrides: dict, world: World) -> int:
     """Run the step a black box describes, forward and backward on one device, and print where it breaks.
 
-    ``overrides``: options given on the command line together with --replay (data_path, split, precision).
+    ``overrides``: options given on the command line together with --replay (where the images are, precision).
     """
     state = load_file(path)
     if "nonfinite" not in state:
@@ -112,7 +113,7 @@ def replay(path: Path, overrides: dict, world: World) -> int:
     defaults = vars(parse_options(["--method", state["args"]["method"]]))  # of options younger than the file
     args = argparse.Namespace(**{**defaults, **state["args"], "use_fp16": None, **overrides})
     resolve_precision(args, world.device)
-    source = open_training(args.data_path, args.subset, args.split).read_as(reading_from(args))
+    source = open_training(place_from(args), args.subset, args.split).read_as(reading_from(args))
     cls = method_class(args.method)
     method = cls.build(args).place(world.device, batch_dtype(args.precision), half_dtype(args.precision))
     for key, part in method.checkpoint_parts().items():

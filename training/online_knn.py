@@ -5,9 +5,10 @@ import os
 
 import torch
 
-from data.datasets import ALL, Source, SubsetSource, open_source, train_and_test_paths, training_path
+from data.datasets import ALL, Place, Source, SubsetSource, open_source, train_and_test_paths, training_path
 from data.decode import reading_from
 from data.preprocess import eval_transform
+from data.published import place_from
 from evaluation.features import MEAN, extract_features, labels_of
 from evaluation.knn import Bank, as_numbers, doubts, knn_classify, remark_on_k
 from evaluation.network import chosen_features
@@ -56,19 +57,19 @@ class OnlineKNN:
         self.sets, self.labels = (bank, test), (labels_of(bank), query_labels)
         return ""
 
-    def _paths(self) -> tuple[str | None, str | None]:
+    def _paths(self) -> tuple[Place | None, Place | None]:
         """Of the bank and of the queries: in --knn_data, else in or beside the training images, else bundled."""
-        root, data_path = self.args.knn_data, self.args.data_path
+        root, data_path = self.args.knn_data, place_from(self.args)
         if root is None and data_path is None:
             return None, None
         if root is None and training_path(data_path) == data_path:
             return train_and_test_paths(os.path.dirname(os.path.abspath(data_path)), watched=True, listed=False)
         return train_and_test_paths(root or data_path, watched=True)
 
-    def _trains_on(self, bank: str | None) -> bool:
-        trained = training_path(self.args.data_path, self.args.split)
-        if bank is None or trained is None:
-            return bank is trained  # the bundled photographs
+    def _trains_on(self, bank: Place | None) -> bool:
+        trained = training_path(place_from(self.args), self.args.split)
+        if not isinstance(bank, str) or not isinstance(trained, str):
+            return bank == trained  # None: the bundled photographs
         return os.path.realpath(bank) == os.path.realpath(trained)
 
     def due(self, epoch: int) -> bool:

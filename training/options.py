@@ -7,6 +7,7 @@ import torch
 
 from data.datasets import ALL, SPLITS, check_subset
 from data.decode import add_reading_arguments
+from data.published import DATASET_OPTIONS, add_dataset_arguments, place_from
 from evaluation.network import add_feature_arguments
 from methods import METHODS, method_class
 from methods.base import Method
@@ -23,6 +24,7 @@ FREE_OPTIONS = {
     *("save_every_minutes", "knn_every", "knn_data", "knn_per_class", "nb_knn", "n_last_blocks"),
     *("avgpool_patchtokens", "knn_temperature", "class_token", "use_cuda", "print_freq", "max_bad_images"),
     *("max_skipped", "dry_run", "devices", "replay", "accept_changes", "use_fp16", "load_from", "backend"),
+    *DATASET_OPTIONS,
     *("init_from", "init_progress"),  # read once; where a run began is checked where it is resumed
 }
 
@@ -59,7 +61,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     add = group.add_argument
     add(
         *("--data_path", "--data_dir"),
-        help="folder, list (.txt) or zip of images, or a folder in a zip (images.zip/data/train); "
+        help="folder, list (.txt), zip or tar archives of images, or a folder in one (images.zip/data/train); "
         "left out: the bundled photographs",
     )
     add(
@@ -69,6 +71,7 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
         help="what is used of a --data_path with train/ beside val/ or test/ in it: only train/, or all, "
         "with its folders as classes",
     )
+    add_dataset_arguments(group)
     add("--subset", type=int, metavar="N", help="only the first N images of every class; -1: all")
     add("--augment", default="fast", choices=["fast", "pil"], help="pil: the original's pixels, bit for bit; slower")
     add("--num_workers", default=10, type=int, help="data loading processes per GPU; no influence on the numbers")
@@ -220,6 +223,7 @@ def check_options(args: argparse.Namespace, world: World) -> None:
             raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
     if not 0 <= args.max_bad_images <= 1:
         raise UsageError(f"--max_bad_images {args.max_bad_images}: a share of the images, from 0 to 1")
+    place_from(args)
     check_subset(args.subset)
     args.subset = None if args.subset == ALL else args.subset  # two ways to write the same run
     if args.warmup_epochs > args.epochs:

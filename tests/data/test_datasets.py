@@ -134,16 +134,16 @@ def test_a_zip_opened_before_a_fork_is_opened_anew_after_it(tmp_path):
     make_zip(tmp_path / "z.zip", [f"{i}.png" for i in range(4)])
     source = open_source(str(tmp_path / "z.zip"))
     expected = pixels(source)
-    opened = source._archive
+    opened = source._files._open[str(tmp_path / "z.zip")]
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         same = all(np.array_equal(a, b) for a, b in zip(pixels(source), expected, strict=True))
-        os.write(writer, b"1" if same and source._archive is not opened else b"0")
+        os.write(writer, b"1" if same and source._files._open[str(tmp_path / "z.zip")] is not opened else b"0")
         os._exit(0)
     os.waitpid(child, 0)
     assert os.read(reader, 1) == b"1"
-    assert source._archive is opened
+    assert source._files._open[str(tmp_path / "z.zip")] is opened
 
 
 def test_a_damaged_zip_entry_is_a_bad_image(tmp_path):

@@ -19,13 +19,13 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 # A new option is a decision: it is added here, to the README or the help, and to FREE_OPTIONS if it changes no number.
 SHARED = """
     accept_changes accum_iter arch augment avgpool_patchtokens backend batch_size_per_gpu class_token clip_grad
-    compile config data_path deterministic device devices dist_url drop_path_rate dry_run epochs exif grad_checkpointing
-    init_from init_progress knn_data knn_every
+    compile config data_path dataset deterministic device devices dist_url drop_path_rate dry_run epochs exif
+    grad_checkpointing init_from init_progress knn_data knn_every
     knn_per_class knn_temperature load_from local_rank lr max_bad_images max_image_pixels max_skipped method min_lr
     n_last_blocks nb_knn num_workers
-    optimizer output_dir patch_size precision print_freq replay save_every_minutes saveckp_freq seed split subset
-    use_cuda
-    use_fp16 warmup_epochs weight_decay weight_decay_end window_size
+    optimizer output_dir patch_size precision print_freq replay sampler save_every_minutes saveckp_freq seed split
+    subset tsv_mode use_cuda
+    use_fp16 warmup_epochs weight_decay weight_decay_end window_size zip_mode
 """
 CROPS = "global_crops_scale global_crops_size local_crops_number local_crops_scale local_crops_size"
 TEACHER = """
