@@ -167,12 +167,12 @@ def _read_map(map_file: Path) -> dict[str, str]:
         if not line.strip():
             continue
         entry, _, label = line.rstrip("\r").partition("\t")
-        name = entry.partition("@")[2] if "@" in entry else entry
+        name = (entry.partition("@")[2] if "@" in entry else entry).removeprefix("/")
         label = label.strip()
         if not label or not name:
             raise UsageError(f"--data_path {escape(map_file)}: line {number}, '{escape(line[:120])}': ARCHIVE@/PATH, "
                              "a tab and a label are expected")  # fmt: skip
-        if labels.setdefault(name.removeprefix("/"), label) != label:
+        if labels.setdefault(name, label) != label:
             raise UsageError(f"--data_path {escape(map_file)}: line {number} gives {escape(name)} a second label")
     return labels
 
