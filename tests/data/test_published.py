@@ -169,10 +169,8 @@ def test_a_tsv_without_its_own_line_index_or_labels_is_refused(tmp_path):
 
 
 def test_labels_by_a_map_are_refused_where_map_or_label_are_wrong(tmp_path):
-    words, names_of = (
-        ["--data_path", tmp_path, "--tsv_mode", "--dataset", "imagenet22k"],
-        tmp_path / "labelmap_22k_reorder.txt",
-    )
+    words = ["--data_path", tmp_path, "--tsv_mode", "--dataset", "imagenet22k"]
+    names_of = tmp_path / "labelmap_22k_reorder.txt"
     write_tsv(tmp_path / "train.tsv", [("k", json.dumps([{"class": "dog"}]), image()), ("l", "dog", image())])
     assert "--dataset imagenet22k needs labelmap_22k_reorder.txt, which is missing" in refused(*words)
     for text, said in (

@@ -32,8 +32,8 @@ def test_shards_of_class_folders_have_the_images_order_and_labels_of_the_folder(
 
 
 def test_webdataset_labels_stand_beside_their_images_and_keep_the_archives_order(tmp_path):
-    write_tar(tmp_path / "b-1.tar", [("9.png", image(0)), ("9.cls", b"4\n"), ("9.json", b"{}"), ("d/2.left.jpg", image(1, "JPEG")),
-                                     ("d/2.cls", b"1"), ("7.png", image(2))])  # fmt: skip
+    entries = [("9.png", image(0)), ("9.cls", b"4\n"), ("9.json", b"{}"), ("d/2.left.jpg", image(1, "JPEG"))]
+    write_tar(tmp_path / "b-1.tar", [*entries, ("d/2.cls", b"1"), ("7.png", image(2))])
     write_tar(tmp_path / "b-0.tar", [("x.cls", b"0"), ("x.PNG", image(3)), ("a.b.png", image(4)), ("a.b.cls", b"2")])
     source = open_source(str(tmp_path))
     assert [os.path.relpath(name, tmp_path) for name in names(source)] == [

@@ -21,11 +21,8 @@ def dataset_formats(case: Case) -> Iterator[tuple]:
         names = [_write(Path(folder), entry["meaning"], case.arrays[entry["key"]]) for entry in case.entry["inputs"]]
         for form in sorted({name.partition("_")[0] for name in case.outputs()}):
             source = _open(Path(folder), form, names)
-            found = {
-                "targets": source.labels,
-                "sums": np.array([source.array(i).sum(dtype=np.int64) for i in range(len(source))]),
-            }
-            assert all(np.array_equal(source.array(i), source.pil(i)) for i in range(len(source)))
+            sums = [source.array(index).sum(dtype=np.int64) for index in range(len(source))]
+            found = {"targets": source.labels, "sums": np.array(sums)}
             for name in case.outputs():
                 start, _, what = name.partition("_")
                 if start == form:
