@@ -193,9 +193,9 @@ class TsvSource(PackedSource):
 
     def _read(self, place: list[int]) -> bytes:
         file, offset, size = place
-        column = read_line(self._files, self._archive(file), offset, size).split(b"\t")[0]
+        column = read_line(self._files, self._archive(file), offset, size).partition(b"\t")[0]
         try:
-            return base64.b64decode(b"".join(column.split()), validate=True)
+            return base64.b64decode(column.strip(), validate=True)
         except binascii.Error as error:
             raise ValueError(f"its column is not in base64: {error}") from error
 

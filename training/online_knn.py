@@ -62,7 +62,7 @@ class OnlineKNN:
         root, data_path = self.args.knn_data, place_from(self.args)
         if root is None and data_path is None:
             return None, None
-        if root is None and training_path(data_path) == data_path:
+        if root is None and isinstance(data_path, str) and training_path(data_path) == data_path:
             return train_and_test_paths(os.path.dirname(os.path.abspath(data_path)), watched=True, listed=False)
         return train_and_test_paths(root or data_path, watched=True)
 
