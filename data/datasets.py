@@ -21,7 +21,7 @@ from data.index import Index, cached_index
 from data.listing import EXTENSIONS, list_folder, list_zip, plain_splits, splits_below
 from data.lists import check_listed, list_file
 from data.published import Published, open_published
-from data.shards import holds_shards, is_archive, is_shard_list, list_shards
+from data.shards import holds_archives, holds_shards, is_archive, is_shard_list, list_shards
 from data.source import Source
 from data.splits import Splits, has_splits, split_word
 from utils import UsageError, escape, log
@@ -226,7 +226,7 @@ def _place(path: Path) -> tuple[Path, str]:
     if os.path.exists(path):
         return path, ""
     there = next(parent for parent in path.parents if os.path.exists(parent))
-    if os.path.isfile(there) or any(map(is_archive, os.listdir(there))):
+    if os.path.isfile(there) or holds_archives(there):
         return there, path.relative_to(there).as_posix()
     missing = next(parent for parent in (path, *path.parents) if parent.parent == there)
     what = "no such path" if missing == path else f"{escape(missing)} does not exist"

@@ -16,7 +16,7 @@ from data.encoded import FileSource, IndexedSource, TsvSource, ZipSource
 from data.index import Index, Strings, cached_index
 from data.listing import shown, stamp_of_file, zip_images
 from data.lists import FIRST, SPREAD, number_labels
-from data.tsv import list_tsv, mapped, read_label_map, read_text, whole_number
+from data.tsv import is_label, list_tsv, mapped, read_label_map, read_text, whole_number
 from utils import UsageError, bool_flag, escape
 
 ZIP, TSV, TSV_WITH_MAP, WEBVISION, OPENIMAGES = "zip", "tsv", "imagenet22k", "webvision1", "openimages_v4"
@@ -43,7 +43,7 @@ class Published(NamedTuple):
 
     def beside(self, root: str) -> "Published":
         """The same form elsewhere."""
-        return self._replace(root=root)
+        return self._replace(root=os.path.abspath(root))
 
 
 def add_dataset_arguments(parser: argparse._ActionsContainer) -> None:
@@ -264,7 +264,7 @@ def list_webvision(root: Path, lists: list[Path]) -> Index:
             if not line.strip():
                 continue
             name, _, number = line.strip().rpartition(" ")
-            if not name or not (number.isascii() and number.isdecimal()):
+            if not name or not is_label(number):
                 raise UsageError(f"--data_path {escape(file)}: line {position}, '{escape(line[:120])}': a path, a "
                                  "space and the number of a class are expected")  # fmt: skip
             if int(number) < WEBVISION_CLASSES:

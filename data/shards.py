@@ -49,6 +49,14 @@ def is_archive(name: str) -> bool:
     return bool(_ARCHIVE.fullmatch(name))
 
 
+def holds_archives(folder: Path) -> bool:
+    """Whether there are archives right below a folder; what cannot be listed is told where it is opened."""
+    try:
+        return any(map(is_archive, os.listdir(folder)))
+    except OSError:
+        return False
+
+
 def holds_shards(root: Path) -> bool:
     """Whether a folder holds archives and no image beside them: a tree of images says so at its first one."""
     found = False
@@ -61,6 +69,8 @@ def holds_shards(root: Path) -> bool:
 
 def is_shard_list(path: Path) -> bool:
     """Whether the first line of a text file names an archive."""
+    if not path.is_file():
+        return False  # a pipe would be waited for
     try:
         with open(path, "rb") as file:
             lines = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").splitlines()

@@ -18,7 +18,7 @@ from data.listing import stamp_of_file
 from utils import UsageError, escape
 
 HEAD = 512  # bytes of a line that mostly hold its key and label
-MAX_LABEL = 10**6
+MAX_DIGITS = 6  # of a label
 
 Labels = Callable[[str, str], int]  # key and label as text -> number; raises ValueError
 
@@ -65,9 +65,14 @@ def list_tsv(
 
 def whole_number(key: str, label: str) -> int:
     """The label without a map. Raises ValueError."""
-    if not (label.isascii() and label.isdecimal() and int(label) < MAX_LABEL):
-        raise ValueError(f"the label '{label[:80]}' is no whole number from 0 to {MAX_LABEL - 1}")
+    if not is_label(label):
+        raise ValueError(f"the label '{label[:80]}' is no whole number from 0, of at most {MAX_DIGITS} digits")
     return int(label)
+
+
+def is_label(text: str) -> bool:
+    """Whether this is the number of a class."""
+    return text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS
 
 
 def mapped(numbers: dict[str, int], map_file: Path) -> Labels:
@@ -79,7 +84,7 @@ def mapped(numbers: dict[str, int], map_file: Path) -> Labels:
         except (ValueError, LookupError, TypeError, RecursionError):
             raise ValueError(f"the label '{label[:80]}' is not the JSON [{{\"class\": NAME}}, ...]") from None
         if not isinstance(name, str) or name not in numbers:
-            raise ValueError(f"class '{name}' is not in the label map {map_file.name}")
+            raise ValueError(f"class '{str(name)[:80]}' is not in the label map {map_file.name}")
         return numbers[name]
 
     return label_of
@@ -92,7 +97,7 @@ def read_label_map(file: Path) -> tuple[dict[str, int], list[str]]:
         if not line.strip():
             continue
         name, _, number = line.strip().partition("\t")
-        if not (number.isascii() and number.isdecimal() and int(number) < MAX_LABEL):
+        if not is_label(number):
             raise UsageError(
                 f"--data_path {escape(file)}: line {position}, '{escape(line[:80])}': a class, a tab and its number "
                 "are expected"

@@ -1,6 +1,10 @@
 import numpy as np
 import pytest
 
+from data.published import Published, place_from
+from eval_knn import eval_knn
+from eval_linear import eval_linear
+from evaluation import finetune_options
 from evaluation.sets import common_labels, open_train_and_test
 from tests.launch import make_images
 from tests.sources import Stripes
@@ -33,3 +37,11 @@ def test_train_and_test_images_are_found_in_a_root_or_named(tmp_path, monkeypatc
         open_train_and_test(None, None, eval_data_path=root)
     with pytest.raises(UsageError, match=rf"has no train/ and val/ \(or test/\) with a folder per class; pass {root}$"):
         open_train_and_test(f"{root}/val", None)
+
+
+def test_every_evaluation_reads_the_options_of_how_images_are_stored(tmp_path):
+    words = ["--data_path", str(tmp_path), "--dataset", "imagenet1k", "--sampler", "distributed", "--tsv_mode", "False"]
+    for parser in (eval_knn.get_args_parser(), eval_linear.get_args_parser(), finetune_options.get_args_parser()):
+        place = place_from(parser.parse_args([*words, "--zip_mode", "True"]))
+        assert place == Published("zip", str(tmp_path))
+        assert place_from(parser.parse_args([*words, "--zip_mode", "false"])) == str(tmp_path)
