@@ -39,6 +39,9 @@ def online(data_path=None, knn_data=None, backbone=None, **options) -> OnlineKNN
         "num_workers": 0,
         "exif": False,
         "max_image_pixels": MAX_IMAGE_PIXELS,
+        "dataset": "imagenet1k",
+        "zip_mode": False,
+        "tsv_mode": False,
     }
     backbone = backbone or build_backbone("vit_micro", 8, img_size=32)
     return OnlineKNN(argparse.Namespace(**{**args, **options}), ALONE, backbone, crop=32)
