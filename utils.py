@@ -266,6 +266,12 @@ def _escaped(character: str) -> str:
     return f"\\x{ord(character) - 0xDC00:02x}" if undecoded else ascii(character)[1:-1]
 
 
+def shortened(text: object, length: int = 80) -> str:
+    """A name or a value from a file for a line: its beginning where it is longer, harmless to a terminal."""
+    text = str(text) if isinstance(text, str) else str(text)[: length + 1]
+    return escape(text if len(text) <= length else f"{text[: length - 3]}...")
+
+
 def bool_flag(text: str) -> bool:
     """on/off, true/false, 1/0, whatever the case, as the original scripts accept them."""
     try:

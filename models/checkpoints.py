@@ -10,6 +10,7 @@ random.
 
 import argparse
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from models import ALIASES, FAMILIES, VIT, backbone_names, build_backbone, family_of
+from models.layouts.checks import unusable
 from models.layouts.names import NOT_NEEDED, State, grouped, plain_names, to_timm
 from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, remedy, vit_arguments
 from models.reading import Info, read_backbone
 from models.safe_load import CheckpointError
 from models.vit import VisionTransformer
-from utils import Parser, UsageError, run_cli, save_atomically, save_torch
+from utils import Parser, UsageError, run_cli, save_atomically, save_torch, shortened
+
+KEYS_SHOWN, LONGEST_LINE = 16, 600  # of what ``main`` prints
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading a network, and saying what matched
@@ -57,9 +61,10 @@ class Report:
 
     def table(self, rows: int = 8) -> str:
         """What did not match, one name a line, the first ``rows`` of each kind."""
-        lines = [f"shape       {name}: network {ours}, file {theirs}" for name, ours, theirs in self.mismatched[:rows]]
+        mismatched = [(shortened(name), *shapes) for name, *shapes in self.mismatched[:rows]]
+        lines = [f"shape       {name}: network {ours}, file {theirs}" for name, ours, theirs in mismatched]
         for kind, names in (("missing", self.missing), ("unexpected", self.unexpected)):
-            lines += [f"{kind:<11} {name}" for name in names[:rows]]
+            lines += [f"{kind:<11} {shortened(name)}" for name in names[:rows]]
             lines += [f"{kind:<11} ... {len(names) - rows} more"] * (len(names) > rows)
         lines += [f"shape       ... {len(self.mismatched) - rows} more"] * (len(self.mismatched) > rows)
         return "\n".join(f"  {line}" for line in lines)
@@ -100,6 +105,8 @@ def load_tensors(model: nn.Module, state: State, info: Info) -> Report:
         raise CheckpointError(
             f"{info.where}: does not fit the network: {report}. {advice(model.state_dict(), state)}\n{report.table()}"
         )
+    if why := unusable(model.state_dict(), state):
+        raise CheckpointError(f"{info.where}: {why}")
     model.load_state_dict(model.state_dict() | {name: state[name] for name in report.matched})
     return report
 
@@ -229,24 +236,28 @@ def main() -> int:
     state, info = read_backbone(args.file, args.checkpoint_key)
 
     def say(label: str, text: object) -> None:
-        print(f"{label:<12}{text}")
+        print(f"{label:<12}{shortened(text, LONGEST_LINE)}")
 
     say("file", f"{info.path} ({info.path.stat().st_size / 1e6:.2f} MB)")
     say("layout", info.layout.name)
     say("method", info.method or "not recorded")
     say("epoch", info.epoch if info.epoch is not None else "not recorded")
-    for name, content in info.top_level.items():
+    for name, content in itertools.islice(info.top_level.items(), KEYS_SHOWN):
         say("key", f"{name}: {content}")
+    if len(info.top_level) > KEYS_SHOWN:
+        say("key", f"... {len(info.top_level) - KEYS_SHOWN} more")
     say("network", describe(state))
     named = ("arch", "patch_size")  # None: a network without patches
     if recorded := {name: info.arguments[name] for name in named if info.arguments.get(name) is not None}:
         say("recorded", ", ".join(f"--{name} {value}" for name, value in recorded.items()))
-    complete = _say_what_matches(state, info, args, say)
+    usable = _say_what_matches(state, info, args, say)
     for note in info.notes:
         say("note", note)
     if args.to:
         _convert(state, info, Path(args.to), say)
-    return 0 if complete or args.to else 1
+    if not usable:  # 1: the answer to a question, 2: a file that nothing can be done with
+        return 1 if args.arch and not args.to else 2 * (not args.to)
+    return 0
 
 
 def _say_what_matches(state: State, info: Info, args: argparse.Namespace, say: Callable) -> bool:
@@ -261,11 +272,14 @@ def _say_what_matches(state: State, info: Info, args: argparse.Namespace, say: C
             say("matched", f"not checked: {error}")
             return False
         name = f"{arch}, patch {arguments['patch_size']}" if "patch_size" in arguments else arch
-    _, report = _fit(model.state_dict(), state, info)
+    fitted, report = _fit(model.state_dict(), state, info)
     share = 100 * len(report.matched) / max(1, report.total)
     say("matched", f"{share:.1f} % of {name}: {report}")
     if not report.complete:
-        print(f"{report.table()}\n  {advice(model.state_dict(), state)}")
+        print(f"{report.table()}\n  {shortened(advice(model.state_dict(), state), LONGEST_LINE)}")
+    elif why := unusable(model.state_dict(), fitted):
+        say("unusable", why)
+        return False
     return report.complete
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 
 from models.safe_load import CheckpointError
+from utils import shortened
 
 State = dict[str, torch.Tensor]
 
@@ -110,7 +111,14 @@ def rename_tokens_and_scales(state: State) -> State:
 def name_gates(state: State) -> State:
     """timm's names of DINOv2's SwiGLU, which are those of a plain MLP -> DINOv2's. Its blocks have LayerScale."""
     first, second = (state.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
-    if first is None or second is None or first.shape[0] != 2 * second.shape[1] or "blocks.0.gamma_1" not in state:
+    if (
+        first is None
+        or second is None
+        or first.ndim != 2
+        or second.ndim != 2
+        or first.shape[0] != 2 * second.shape[1]
+        or "blocks.0.gamma_1" not in state
+    ):
         return state
     return renamed(state, lambda name: name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."))
 
@@ -170,7 +178,7 @@ def _joined(state: State, pattern: re.Pattern, letters: str) -> State:
 
 def add_class_position(state: State) -> State:
     """A zero position for the class token where only patches have one (DeiT III, registers in timm): same network."""
-    if not {"pos_embed", "cls_token"} <= state.keys():
+    if not {"pos_embed", "cls_token"} <= state.keys() or {state[n].ndim for n in ("pos_embed", "cls_token")} != {3}:
         return state
     classes, positions = state["cls_token"].shape[1], state["pos_embed"]
     if square_side(positions.shape[1] - classes) or not square_side(positions.shape[1]):
@@ -208,7 +216,16 @@ def grouped(names: list[str]) -> str:
     for name in names:
         group = name.split(".")[0]
         counts[group] = counts.get(group, 0) + 1
-    return ", ".join(group if group in names else f"{group}.* ({count})" for group, count in counts.items())
+    groups = [group if group in names else f"{group}.* ({count})" for group, count in counts.items()]
+    return listed(groups)
+
+
+def listed(names: Iterable[str], show: int = 12) -> str:
+    """The first ``show`` names, shortened, and how many more there are."""
+    names = list(names)
+    return ", ".join(
+        [shortened(name) for name in names[:show]] + [f"... {len(names) - show} more"] * (len(names) > show)
+    )
 
 
 def square_side(count: int) -> int | None:

@@ -1,10 +1,13 @@
 """Which network the tensors of a file are, by their names and shapes, and what to pass for it."""
 
+import itertools
 import re
 from collections.abc import Collection
 
+from models.layouts.checks import check_shapes
 from models.layouts.names import State, square_side
 from models.vit import Variant
+from utils import shortened
 
 NAME_OF_SHAPE = {  # (width, blocks); a test compares it with models/vit.py
     (128, 4): "vit_micro",
@@ -25,12 +28,13 @@ def vit_arguments(state: State) -> dict | None:
         hidden = state["blocks.0.mlp.w3.weight"].t() if gated else state["blocks.0.mlp.fc1.weight"]
     except KeyError:
         return None
+    check_shapes(state)
     side = square_side(positions.shape[1] - classes.shape[1])
     if side is None or qkv.shape[0] != 3 * patch.shape[0]:
         return None
     return {
         "embed_dim": patch.shape[0],
-        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "depth": count_blocks(state),
         "patch_size": patch.shape[-1],
         "img_size": side * patch.shape[-1],
         "mlp_ratio": hidden.shape[0] / hidden.shape[1] * (1.5 if gated else 1),
@@ -41,6 +45,12 @@ def vit_arguments(state: State) -> dict | None:
         "use_mean_pooling": "fc_norm.weight" in state and "norm.weight" not in state,
         "variant": Variant(mlp="swiglu" if gated else "gelu"),
     }
+
+
+def count_blocks(state: State) -> int:
+    """Blocks from 0 on; a number that leaves a gap of more than one is no block of this network."""
+    numbers = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d{1,6})\.", name))}
+    return next(number for number in itertools.count() if not {number, number + 1} & numbers)
 
 
 SWIN_OF_SHAPE = {  # (width of the first stage, blocks of every stage); a test compares it with models/swin.py
@@ -56,8 +66,11 @@ def swin_arguments(state: State) -> dict | None:
 
     The window is the largest of all stages: in the last ones it is as small as the map was when the network was built.
     """
-    table = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table")
+    table = re.compile(r"layers\.(\d{1,3})\.blocks\.(\d{1,6})\.attn\.relative_position_bias_table")
     tables = {tuple(map(int, m.groups())): tensor for name, tensor in state.items() if (m := table.fullmatch(name))}
+    numbers = sorted({stage for stage, _ in tables})
+    if numbers != list(range(len(numbers))):
+        return None
     try:
         patch, hidden = state["patch_embed.proj.weight"], state["layers.0.blocks.0.mlp.fc1.weight"]
         heads = tuple(tables[stage, 0].shape[1] for stage in range(1 + max(stage for stage, _ in tables)))
@@ -172,7 +185,7 @@ def describe(state: State) -> str:
     }
     if kind := next((kind for prefix, kind in kinds.items() if any(n.startswith(prefix) for n in state)), None):
         return f"{kind} of {len(state)} tensors"
-    names = ", ".join(list(state)[:3]) + ", ..." * (len(state) > 3)
+    names = ", ".join(map(shortened, list(state)[:3])) + ", ..." * (len(state) > 3)
     return f"network of unknown names, {len(state)} tensors ({names}); {nearest_layout(state)}"
 
 

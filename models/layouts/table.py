@@ -35,7 +35,8 @@ class Contents(NamedTuple):
         return any(name.startswith(prefixes) for name in self.tensors)
 
     def class_tokens(self) -> int:
-        return self.tensors["cls_token"].shape[1] if "cls_token" in self.tensors else 0
+        token = self.tensors.get("cls_token")
+        return token.shape[1] if token is not None and token.ndim == 3 else 0
 
     def is_hugging_face(self, part: str) -> bool:
         in_files, in_memory = f"layer.0.{part}", f"layers.0.{part}"
