@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from models.blocks import ACTIVATIONS
 from models.layouts.checks import check_shapes, check_tensors
 from models.layouts.names import State, below, grouped, listed, networks_in, renamed, unwrapped
 from models.layouts.shapes import describe
@@ -20,6 +21,7 @@ from utils import shortened
 
 DEFAULT_KEY = "teacher"  # the one key that a file need not have: FALLBACKS serve it
 FALLBACKS = ("state_dict", "model")
+QUERY = re.compile(r"(^|\.)(base_encoder|encoder_q)\.$")  # MoCo's network, beside that of its keys
 AVERAGED = re.compile(r"(^|_)(ema|averaged)(_|$)")  # keys of averages of the weights beside them: model_ema
 
 
@@ -82,7 +84,7 @@ def read_backbone(path: str | Path, checkpoint_key: str = "teacher", *others: st
             raise CheckpointError(f"{path}: no key {shortened(checkpoint_key)!r}; {there}")
         notes.append(f"no key {checkpoint_key!r}: took the weights from {place}")
     notes += _averages(file, key, tensors, prefix)
-    config = hugging_face_config(Path(path)) if layout.name.startswith("Hugging Face") else {}
+    config = config_beside(Path(path), layout)
     norm_eps = config.get("layer_norm_eps", layout.norm_eps)
     notes += _differences(layout, state, norm_eps)
     ours = file["tutelage"] if isinstance(file.get("tutelage"), dict) else {}
@@ -130,6 +132,8 @@ def choose_network(tensors: State, checkpoint_key: str) -> tuple[str, State]:
         prefix = ""
     elif len(prefixes) == 1:
         prefix = prefixes[0]
+    elif checkpoint_key == DEFAULT_KEY and len(queries := [p for p in prefixes if QUERY.search(p)]) == 1:
+        prefix = queries[0]  # its authors evaluate that one
     else:
         names = [prefix.removesuffix(".") for prefix in prefixes]
         raise CheckpointError(
@@ -138,24 +142,42 @@ def choose_network(tensors: State, checkpoint_key: str) -> tuple[str, State]:
     return prefix, below(tensors, prefix, prefixes)
 
 
-def hugging_face_config(path: Path) -> dict:
+def config_beside(path: Path, layout: Layout) -> dict:
     """What ``config.json`` beside a file says of its network and no tensor shows; {} where there is none.
 
-    Raises CheckpointError for what our networks do not do.
+    Hugging Face's library and timm write such files. Raises CheckpointError for what our networks do not do.
     """
     path = path.with_name("config.json")
     if not path.is_file():
         return {}
     try:
         config = json.loads(path.read_text())
+        if not layout.name.startswith("Hugging Face"):
+            return _timm_config(config) if isinstance(config, dict) and "architecture" in config else {}
         known = {name: config[name] for name in ("layer_norm_eps", "num_attention_heads") if name in config}
         activation = config.get("hidden_act", "gelu")
         known = {name: float(value) for name, value in known.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); mend it, or move it away from the weights") from error
-    if activation != "gelu":
-        raise CheckpointError(f"{path}: hidden_act is {activation!r}; the vision transformers here have gelu only")
-    return known
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(
+            f"{path}: hidden_act is {shortened(activation)!r}; the vision transformers here have "
+            f"{' or '.join(ACTIVATIONS)}"
+        )
+    return known | {"act": activation}
+
+
+def _timm_config(config: dict) -> dict:
+    """Of a configuration of timm what choose_architecture reads. Plain vision transformers are those of this house."""
+    arguments = config.get("model_args") if isinstance(config.get("model_args"), dict) else {}
+    architecture, found = str(config["architecture"]), {}
+    if isinstance(arguments.get("num_heads"), int):
+        found["num_heads"] = arguments["num_heads"]
+    act = arguments.get("act_layer", "quick_gelu" if "quickgelu" in architecture else "gelu")
+    pool = arguments.get("global_pool", config.get("global_pool", "token"))
+    if not architecture.startswith("vit_") or act not in ACTIVATIONS or pool != "token":
+        return {"arch": f"timm/{architecture}", "global_pool": pool}
+    return found | {"act": act, "global_pool": pool}
 
 
 def _averages(file: dict, key: str | None, tensors: State, prefix: str) -> list[str]:

@@ -18,11 +18,11 @@ WRAPPER = re.compile(
 # what holds a network beside its head, so only in front: multi-crop wrapper (UDI's twice), UNIC's encoder
 HOLDERS = ("backbone.", "encoder.")
 
-# a tensor that a network has once and near its images: a vision transformer's, a Swin's, a ResNet's, those of CvT,
-# Vision Longformer, CLIP and Hugging Face
+# a tensor that a network has once and near its images: a vision transformer's, a Swin's (torchvision's both too), a
+# ResNet's, those of CvT, Vision Longformer, CLIP and Hugging Face
 LANDMARK = re.compile(
     r"(?P<prefix>(?:.+?\.)??)(?:backbone\.|encoder\.)*"
-    r"(?:(?:embeddings\.)?cls_token|layers\.0\.blocks\.0\.norm1\.weight|layer1\.0\.conv1\.weight|stage0\.0\.proj\.weight"
+    r"(?:(?:embeddings\.)?cls_token|class_token|features\.1\.0\.norm1\.weight|layers\.0\.blocks\.0\.norm1\.weight|layer1\.0\.conv1\.weight|stage0\.0\.proj\.weight"
     r"|layer1\.0\.norm_embed\.weight|visual\.conv1\.weight|embeddings\.patch_embeddings\.projection\.weight)"
 )
 

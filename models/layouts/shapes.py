@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection
 
 from models.layouts.checks import check_shapes
+from models.layouts.libraries import resnet_of
 from models.layouts.names import State, square_side
 from models.vit import Variant
 from utils import shortened
@@ -91,7 +92,7 @@ def arch_of(state: State) -> str | None:
     if shape := vit_arguments(state):
         return NAME_OF_SHAPE.get((shape["embed_dim"], shape["depth"]))
     shape = swin_arguments(state)
-    return SWIN_OF_SHAPE.get((shape["embed_dim"], shape["depths"])) if shape else None
+    return SWIN_OF_SHAPE.get((shape["embed_dim"], shape["depths"])) if shape else resnet_of(state)
 
 
 GATED = re.compile(r"blocks\.\d+\.mlp\.(w1|gate_proj|fc1_g)\.weight")
@@ -185,6 +186,8 @@ def describe(state: State) -> str:
     }
     if kind := next((kind for prefix, kind in kinds.items() if any(n.startswith(prefix) for n in state)), None):
         return f"{kind} of {len(state)} tensors"
+    if any(name.endswith("flat_param") for name in state):
+        return f"run's shards as FSDP keeps them ({len(state)} flat tensors), which no names tell apart"
     names = ", ".join(map(shortened, list(state)[:3])) + ", ..." * (len(state) > 3)
     return f"network of unknown names, {len(state)} tensors ({names}); {nearest_layout(state)}"
 
@@ -195,7 +198,23 @@ def remedy(state: State) -> str:
         return "take a network without it; of those with a gate only DINOv2's giant is known here"
     if vit_arguments(state) or swin_arguments(state):
         return "nothing here has that shape: pass its --arch"
+    if any(name.endswith("flat_param") for name in state):
+        return "save it with StateDictType.FULL_STATE_DICT"
+    if example := next((example for mark, example in TIMM_ONLY.items() if mark in state), None):
+        return f"of timm --arch timm/{example} and its like load such a file"
     return "pass its --arch if it is a network of timm or torchvision"
+
+
+TIMM_ONLY = {  # a tensor -> of the networks that have it one that timm builds
+    "dist_token": "deit_small_distilled_patch16_224",
+    "blocks.0.attn.relative_position_bias_table": "beit_base_patch16_224",
+    "blocks.0.attn.q_bias": "beit_base_patch16_224",
+    "rel_pos_bias.relative_position_bias_table": "beit_base_patch16_224",
+    "layers.0.blocks.0.attn.cpb_mlp.0.weight": "swinv2_tiny_window8_256",
+    "stem.0.weight": "convnext_tiny",
+    "patch_embed.proj.0.0.weight": "xcit_small_12_p16_224",
+    "blocks_token_only.0.gamma_1": "cait_xxs24_224",
+}
 
 
 def advice(target: State, state: State) -> str:
@@ -213,7 +232,8 @@ def advice(target: State, state: State) -> str:
             tips.append(f"--window_size {swins[1]['window_size']}")
         return f"The file holds a {describe(state)}" + (f": pass {', '.join(tips)}" if tips else "")
     if ours is None or theirs is None:
-        return f"The file holds a {describe(state)}: pass --arch {arch_of(state) or 'that it was trained with'}"
+        name = arch_of(state)
+        return f"The file holds a {describe(state)}: {f'pass --arch {name}' if name else remedy(state)}"
     tips = []
     if any(ours[key] != theirs[key] for key in ("embed_dim", "depth", "mlp_ratio")):
         name = NAME_OF_SHAPE.get((theirs["embed_dim"], theirs["depth"]))
