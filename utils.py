@@ -182,6 +182,9 @@ def has_bf16(device: torch.device) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+EXIT_REQUEUE = 75  # saved on SIGTERM or SIGUSR1: start the same command again, as scripts/slurm_pretrain.sh does
+
+
 class RunStopped(UsageError):
     """A run that ended early on purpose, with the reason. State is saved before this is raised."""
 

@@ -8,6 +8,7 @@ Sources are cheap to pickle: a worker opens the index's file anew.
 import copy
 import functools
 import os
+import stat
 import struct
 import zipfile
 import zlib
@@ -19,10 +20,11 @@ from PIL import Image
 from data.bundled import BundledTiles
 from data.decode import PLAIN, BadImage, Reading, decode_array, decode_pil
 from data.index import Index, cached_index
-from data.listing import EXTENSIONS, list_folder, list_zip, plain_splits, splits_below
+from data.listing import list_folder, list_zip, plain_splits, splits_below
 from data.lists import check_listed, list_file
 from data.source import Source
 from data.splits import Splits, has_splits, split_word
+from data.suffixes import EXTENSIONS
 from utils import UsageError, escape, log
 
 __all__ = ["EXTENSIONS", "BadImage", "Source", "open_source", "open_training"]
@@ -86,8 +88,12 @@ class FileSource(IndexedSource):
 
     def read(self, index: int) -> bytes:
         try:
-            with open(self._file(index), "rb") as file:
-                return file.read()
+            return read_regular(self._file(index), self.reading.max_bytes)
+        except FileNotFoundError as error:
+            kept = f"; it is in {self.index.age}; --refresh_index lists anew" * bool(self.index.age)
+            raise BadImage(self.image_name(index), f"{error.strerror}{kept}") from error
+        except MemoryError as error:
+            raise BadImage(self.image_name(index), "it does not fit into memory") from error
         except (OSError, ValueError) as error:  # ValueError: a NUL in a listed name
             raise BadImage(self.image_name(index), getattr(error, "strerror", None) or str(error)) from error
 
@@ -115,6 +121,8 @@ class ZipSource(IndexedSource):
             if self._pid != os.getpid():
                 self._archive, self._pid = open(self.path, "rb"), os.getpid()  # noqa: SIM115 (stays open)
             header = os.pread(self._archive.fileno(), _LOCAL_HEADER.size, offset)
+            if max(packed_size, size) > self.reading.max_bytes:
+                raise ValueError(f"{size} bytes, more than any image that is accepted")
             signature, name_size, extra_size = _LOCAL_HEADER.unpack(header)
             if signature != b"PK\3\4":
                 raise ValueError("the archive has changed or is damaged here")
@@ -124,9 +132,24 @@ class ZipSource(IndexedSource):
                 data = zlib.decompress(data, wbits=-15, bufsize=max(1, size))
             if len(data) != size or zlib.crc32(data) != checksum:
                 raise ValueError("its checksum is wrong: the archive is damaged here")
+        except MemoryError as error:
+            raise BadImage(self.image_name(index), "it does not fit into memory") from error
         except (OSError, ValueError, struct.error, zlib.error) as error:
             raise BadImage(self.image_name(index), " ".join(str(error).split())) from error
         return data
+
+
+def read_regular(path: str | os.PathLike, most: int) -> bytes:
+    """The contents of a file, if it is one: a pipe or a device is not waited for. Raises OSError and ValueError."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("a pipe, socket or device, not a file")
+        if status.st_size > most:
+            raise ValueError(
+                f"{status.st_size} bytes on disk, more than any image that is accepted (--max_image_pixels)"
+            )
+        return file.read()
 
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
