@@ -9,6 +9,7 @@ A run that is found in --output_dir is continued exactly where it stopped. ``tra
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ import torch
 
 from data.datasets import Source, open_training
 from data.decode import reading_from
+from data.index import refresh_indices
 from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
 from data.published import DATASET_OPTIONS, place_from
 from lock import hold
@@ -45,6 +47,7 @@ from training.preview import attention_pictures
 from training.pseudo_labels import PseudoLabels
 from training.start import begin
 from utils import (
+    EXIT_REQUEUE,
     RunStopped,
     World,
     autocast,
@@ -59,8 +62,6 @@ from utils import (
     log,
     run_cli,
 )
-
-EXIT_REQUEUE = 75  # saved on SIGTERM or SIGUSR1: start the same command again, as scripts/slurm_pretrain.sh does
 
 
 @dataclass
@@ -193,9 +194,10 @@ def train(run: Run, knn: OnlineKNN) -> None:
     if first_epoch >= args.epochs:
         log.info("%s holds a finished run of %d epochs", args.output_dir, args.epochs)
         return
-    run.monitor.open(first_epoch, step)
     run.consensus.listen()
     pieces = device_pieces(run, first_epoch, step)
+    pieces = itertools.chain([next(pieces)], pieces)  # where images cannot be read, nothing is written
+    run.monitor.open(first_epoch, step)
     began = time.monotonic()
     for epoch in range(first_epoch, args.epochs):
         run.monitor.begin_epoch()
@@ -242,6 +244,7 @@ def device_pieces(run: Run, epoch: int, step: int) -> Iterator[dict]:
         num_workers=args.num_workers,
         start_epoch=epoch,
         start_step=step,
+        stop_requested=lambda: run.consensus.stop_requested,
     )
     return iter(to_device_ahead(loader, run.world.device, batch_dtype(args.precision)))
 
@@ -263,6 +266,7 @@ def build(
     The last three arguments are for a run that is only simulated: its images, where its method is made, and how its
     gradients are exchanged.
     """
+    refresh_indices(args.refresh_index and source is None)
     source = source or open_training(place_from(args), args.subset, args.split).read_as(reading_from(args))
     global_batch = args.batch_size_per_gpu * world.size
     niter = steps_per_epoch(len(source), global_batch)

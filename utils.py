@@ -194,6 +194,9 @@ def has_bf16(device: torch.device) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+EXIT_REQUEUE = 75  # saved on SIGTERM or SIGUSR1: start the same command again, as scripts/slurm_pretrain.sh does
+
+
 class RunStopped(UsageError):
     """A run that ended early on purpose, with the reason. State is saved before this is raised."""
 
@@ -276,6 +279,12 @@ def escape(name: str | os.PathLike) -> str:
 def _escaped(character: str) -> str:
     undecoded = 0xDC80 <= ord(character) <= 0xDCFF  # a byte that is no text, as os.fsdecode keeps it
     return f"\\x{ord(character) - 0xDC00:02x}" if undecoded else ascii(character)[1:-1]
+
+
+def shortened(text: object, length: int = 80) -> str:
+    """A name or a value from a file for a line: its beginning where it is longer, harmless to a terminal."""
+    text = str(text) if isinstance(text, str) else str(text)[: length + 1]
+    return escape(text if len(text) <= length else f"{text[: length - 3]}...")
 
 
 def bool_flag(text: str) -> bool:

@@ -20,11 +20,12 @@ import torch
 from torchvision import transforms
 
 from data.bundled import photograph_paths
-from data.datasets import EXTENSIONS
+from data.datasets import EXTENSIONS, read_regular
 from data.decode import PLAIN, BadImage, Reading, add_reading_arguments, decode_pil, reading_from
-from data.listing import is_hidden, is_image
+from data.listing import is_hidden
 from data.pictures import save_picture, was_written_here
 from data.preprocess import MEAN, STD, to_pixels
+from data.suffixes import is_image
 from evaluation.attention import (
     attention_maps,
     attention_sheet,
@@ -72,12 +73,24 @@ def read_image(path: Path, size: list[int], reading: Reading = PLAIN) -> torch.T
     Raises BadImage.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadImage(str(path), error.strerror or str(error)) from error
+        data = read_regular(path, reading.max_bytes)
+    except (OSError, ValueError, MemoryError) as error:
+        raise BadImage(str(path), getattr(error, "strerror", None) or str(error)) from error
     image = decode_pil(data, str(path), reading)
+    check_resized(image.size, size, str(path), reading)
     steps = [transforms.Resize(size if len(size) == 2 else size[0]), transforms.ToTensor()]
     return transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(image)
+
+
+def check_resized(image: tuple[int, int], wanted: list[int], name: str, reading: Reading) -> None:
+    """Raises BadImage for an image (width, height) that would be larger than --max_image_pixels once resized."""
+    width, height = (size * wanted[0] / min(image) for size in image)
+    if len(wanted) == 1 and width * height > reading.max_pixels:
+        raise BadImage(
+            name,
+            f"{image[0]} x {image[1]} pixels would be {width:.0f} x {height:.0f} with --image_size {wanted[0]}, more "
+            f"than --max_image_pixels {reading.max_pixels}; pass --image_size HEIGHT WIDTH",
+        )
 
 
 def visualise(model: torch.nn.Module, image: torch.Tensor, folder: Path, threshold: float | None) -> None:

@@ -18,12 +18,13 @@ from data.bundled import BundledTiles
 from data.decode import BadImage, Reading
 from data.encoded import FileSource, TarSource, ZipSource
 from data.index import Index, cached_index
-from data.listing import EXTENSIONS, list_folder, list_zip, plain_splits, splits_below
+from data.listing import list_folder, list_zip, plain_splits, splits_below
 from data.lists import check_listed, list_file
 from data.published import Published, open_published
 from data.shards import holds_archives, holds_shards, is_archive, is_shard_list, list_shards
 from data.source import Source
 from data.splits import Splits, has_splits, split_word
+from data.suffixes import EXTENSIONS
 from utils import UsageError, escape, log
 
 __all__ = ["EXTENSIONS", "BadImage", "Source", "open_source", "open_training"]

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data.depth import GREYS, colour_levels, grey_levels
+from data.suffixes import HAS_HEIF
 from utils import bool_flag, escape
 
 # Remarks on metadata and on sizes that are still accepted would be printed by every worker, for every image
@@ -49,6 +50,11 @@ class Reading(NamedTuple):
     max_pixels: int = MAX_IMAGE_PIXELS
 
     @property
+    def max_bytes(self) -> int:
+        """A larger file is no image that is accepted: 8 bytes for every pixel, and room for what else it holds."""
+        return 8 * self.max_pixels + 2**28
+
+    @property
     def mark(self) -> str:
         """What a fingerprint of images adds when they are not read as by default."""
         return "-exif" * self.exif + f"-{self.max_pixels}px" * (self.max_pixels != MAX_IMAGE_PIXELS)
@@ -56,11 +62,17 @@ class Reading(NamedTuple):
 
 PLAIN = Reading()
 
+if HAS_HEIF:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
 
 def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
     """The options from which ``reading_from`` makes a Reading."""
     add = parser.add_argument
     add("--exif", default=False, type=bool_flag, help="true: turn photographs as EXIF says; the originals do not")
+    add("--refresh_index", action="store_true", help="list the images anew, whatever list was kept of them")
     add("--max_image_pixels", default=MAX_IMAGE_PIXELS, type=_pixels, help="a larger image counts as unreadable")
 
 
@@ -118,7 +130,9 @@ def _bad_image_on_error(data: bytes, name: str, reading: Reading) -> Iterator[No
     try:
         yield
     except Exception as error:  # damaged bytes make decoders raise almost anything
-        if not data:
+        if isinstance(error, MemoryError):
+            reason = "it does not fit into memory"
+        elif not data:
             reason = "the file is empty"
         elif isinstance(error, UnidentifiedImageError):
             reason = "not an image in a known format"

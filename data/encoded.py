@@ -8,6 +8,7 @@ import base64
 import binascii
 import copy
 import os
+import stat
 import struct
 import zipfile
 import zlib
@@ -110,10 +111,27 @@ class FileSource(IndexedSource):
 
     def read(self, index: int) -> bytes:
         try:
-            with open(self._file(index), "rb") as file:
-                return file.read()
+            return read_regular(self._file(index), self.reading.max_bytes)
+        except FileNotFoundError as error:
+            kept = f"; it is in {self.index.age}; --refresh_index lists anew" * bool(self.index.age)
+            raise BadImage(self.image_name(index), f"{error.strerror}{kept}") from error
+        except MemoryError as error:
+            raise BadImage(self.image_name(index), "it does not fit into memory") from error
         except (OSError, ValueError) as error:  # ValueError: a NUL in a listed name
             raise BadImage(self.image_name(index), getattr(error, "strerror", None) or str(error)) from error
+
+
+def read_regular(path: str | os.PathLike, most: int) -> bytes:
+    """The contents of a file, if it is one: a pipe or a device is not waited for. Raises OSError and ValueError."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("a pipe, socket or device, not a file")
+        if status.st_size > most:
+            raise ValueError(
+                f"{status.st_size} bytes on disk, more than any image that is accepted (--max_image_pixels)"
+            )
+        return file.read()
 
 
 class PackedSource(IndexedSource):
@@ -129,12 +147,18 @@ class PackedSource(IndexedSource):
     def read(self, index: int) -> bytes:
         try:
             return self._read(self.index.places[index].tolist())
-        except (OSError, ValueError, OverflowError, MemoryError, struct.error, zlib.error) as error:
+        except MemoryError as error:
+            raise BadImage(self.image_name(index), "it does not fit into memory") from error
+        except (OSError, ValueError, OverflowError, struct.error, zlib.error) as error:
             raise BadImage(self.image_name(index), " ".join(str(error).split())) from error
 
     def _read(self, place: list[int]) -> bytes:
         """The encoded image at a row of ``index.places``. Raises OSError, or ValueError for what is no image there."""
         raise NotImplementedError
+
+    def _accept(self, size: int) -> None:
+        if size > self.reading.max_bytes:
+            raise ValueError(f"{size} bytes, more than any image that is accepted (--max_image_pixels)")
 
     def _archive(self, position: int) -> str:
         """Where an archive lies: the index calls it by its position among what it watches."""
@@ -149,6 +173,7 @@ class ZipSource(PackedSource):
 
     def _read(self, place: list[int]) -> bytes:
         offset, packed_size, size, method, checksum = place
+        self._accept(max(packed_size, size))
         header = self._files.read(self.root, _LOCAL_HEADER.size, offset)
         signature, name_size, extra_size = _LOCAL_HEADER.unpack(header)
         if signature != b"PK\3\4":
@@ -172,6 +197,7 @@ class TarSource(PackedSource):
 
     def _read(self, place: list[int]) -> bytes:
         archive, offset, size, checksum = place
+        self._accept(size)
         data = self._files.read(self._archive(archive), TAR_BLOCK + size, offset - TAR_BLOCK)
         if len(data) != TAR_BLOCK + size or _octal(data[148:156]) != checksum:
             raise ValueError("the archive has changed or is damaged here")
@@ -193,6 +219,7 @@ class TsvSource(PackedSource):
 
     def _read(self, place: list[int]) -> bytes:
         file, offset, size = place
+        size = min(size, 2 * self.reading.max_bytes)  # base64 is a third longer; the rest may be other lines
         column = read_line(self._files, self._archive(file), offset, size).partition(b"\t")[0]
         try:
             return base64.b64decode(column.strip(), validate=True)

@@ -13,6 +13,8 @@ import json
 import mmap
 import os
 import struct
+import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from data.splits import Splits
-from utils import barrier, log, save_atomically
+from data.suffixes import HAS_HEIF
+from utils import barrier, escape, log, save_atomically
 
-MAGIC = b"tutelage index 2"
+MAGIC = b"tutelage index 3" + b" heif" * HAS_HEIF  # which other suffixes make another list
 ALIGNMENT = 64
+LOOKED_INTO, ENTRIES = 32, 20_000  # folders of an index that are read again at every start, and what they may hold
+LOOKED_FOR = 256  # files of an index that are looked for at every start
 MISSING = -1  # the modification time of what was not there
 
 
@@ -53,7 +58,8 @@ class Index:
     ``names``: Strings relative to the data set's root. ``labels``: (images,) int64, -1 where unknown.
     ``places``: (images, columns) int64, where the images lie in an archive; (0, 0) for files.
     ``stamps``: what was looked at, relative to the root, with (stamps, 2) modification time in ns and size in bytes;
-    a size of -1 (folders) is not compared, and a time of MISSING holds as long as there is nothing.
+    a size of -1 is not compared, one below it marks a folder's entries (``entries_mark``); a time of MISSING holds as
+    long as there is nothing.
     ``splits``: whether the data set holds some. ``notes``: lines for the user, to be said whenever the index is used.
     """
 
@@ -97,7 +103,35 @@ class Index:
                 continue
             if now.st_mtime_ns != modified or (size >= 0 and now.st_size != size):
                 return False
-        return True
+        return self._names_hold(root)
+
+    def _names_hold(self, root: Path) -> bool:
+        """Whether some folders have the entries they had, and some files are there.
+
+        On network and object file systems, and after a restored backup, names change while times do not.
+        """
+        folders = np.flatnonzero(self.stamps[:, 1] < -1)
+        for position in _spread(folders, LOOKED_INTO):
+            mark = int(self.stamps[position, 1])
+            if count_of(mark) <= ENTRIES and entries_mark(os.listdir(root / self.stamp_names[position])) != mark:
+                return False
+        if not len(folders) or len(self.places):  # a list is taken literally, archives have a stamp each
+            return True
+        files = _spread(np.arange(len(self)), LOOKED_FOR)
+        return all(os.path.lexists(os.path.join(root, self.names[position])) for position in files)
+
+    @property
+    def age(self) -> str:
+        """Which file keeps this list and for how long, for messages that stem from it; "" where none does."""
+        if self.file is None:
+            return ""
+        try:
+            seconds = max(0.0, time.time() - self.file.stat().st_mtime)
+        except OSError:
+            return f"the list kept in {escape(self.file)}"
+        unit, length = next((u, n) for u, n in (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
+                            if seconds >= 2 * n or n == 1)  # fmt: skip
+        return f"the list kept in {escape(self.file)}, made {seconds / length:.0f} {unit} ago"
 
     # ---- on disk ----------------------------------------------------------------------------------------------------
 
@@ -165,6 +199,33 @@ class Index:
         return index
 
 
+def entries_mark(names: Sequence[str]) -> int:
+    """The number of a folder's entries and a checksum of their names, in whatever order, as one number below -1."""
+    total = sum(zlib.crc32(os.fsencode(name)) for name in names) & 0xFFFFFFFF
+    return -2 - (len(names) << 32 | total)
+
+
+def count_of(mark: int) -> int:
+    """How many entries a mark stands for."""
+    return (-2 - mark) >> 32
+
+
+def _spread(positions: np.ndarray, count: int) -> list[int]:
+    """At most ``count`` of the positions, from the first to the last; the same in every process."""
+    if len(positions) <= count:
+        return positions.tolist()
+    return positions[np.linspace(0, len(positions) - 1, count).astype(int)].tolist()
+
+
+def refresh_indices(wanted: bool) -> None:
+    """Whether every list is made anew, once in this process (--refresh_index)."""
+    global _made_anew
+    _made_anew = set() if wanted else None
+
+
+_made_anew: set[Path] | None = None
+
+
 def cached_index(path: Path, root: Path, build: Callable[[], Index]) -> Index:
     """The index of ``path`` (absolute), with names and stamps relative to ``root``; built if there is no valid one.
 
@@ -174,7 +235,15 @@ def cached_index(path: Path, root: Path, build: Callable[[], Index]) -> Index:
     if not first:
         barrier()
     try:
-        return _load_valid(path, root) or _build_and_save(path, build)
+        wanted = _made_anew is not None and path not in _made_anew and first
+        index = None if wanted else _load_valid(path, root)
+        if index is None:
+            index = _build_and_save(path, build)
+        else:
+            log.info("%s: images as in %s (--refresh_index lists them anew)", escape(path), index.age)
+        if _made_anew is not None:
+            _made_anew.add(path)
+        return index
     finally:
         if first:
             barrier()
@@ -191,7 +260,10 @@ def _load_valid(path: Path, root: Path) -> Index | None:
         index = Index.load(index_file(path))
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, struct.error):
         return None  # missing or damaged: it will be replaced
-    return index if index.holds(root) else None
+    try:
+        return index if index.holds(root) else None
+    except OSError:  # a folder that can be looked at but not be read any more
+        return None
 
 
 def _build_and_save(path: Path, build: Callable[[], Index]) -> Index:

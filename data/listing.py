@@ -8,22 +8,18 @@ import errno
 import os
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from data.index import MISSING, Index, Strings
+from data.index import MISSING, Index, Strings, entries_mark
 from data.splits import WORDS, Splits, find_splits, has_splits, split_names
+from data.suffixes import EXTENSIONS, HEIF, is_image
 from utils import UsageError, escape
-
-# torchvision's ImageFolder, then what else Pillow reads
-EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
-    ".gif", ".jfif", ".jpe", ".jp2", ".pnm", ".pbm", ".avif",
-)  # fmt: skip
 
 # What systems put beside a user's images without a leading dot, in lower case
 SYSTEM_NAMES = (
@@ -41,10 +37,6 @@ def is_hidden(name: str) -> bool:
     return (name.startswith(".") and name not in (".", "..")) or name.lower() in SYSTEM_NAMES
 
 
-def is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
-
-
 @dataclass
 class PassedOver:
     """What was found and is not listed, relative to the root; ``nowhere``: links whose target may yet appear."""
@@ -52,6 +44,7 @@ class PassedOver:
     hidden: list[str] = field(default_factory=list)
     nowhere: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
 
     def notes(self, root: Path) -> list[str]:
         """A line for every kind, with the number and the first names."""
@@ -64,6 +57,22 @@ class PassedOver:
         ]
 
 
+def other_kinds(names: Iterable[str], images: int) -> list[str]:
+    """A line about files that are no images, by their suffixes; a warning with the remedy where they are more."""
+    counts = Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in names)
+    if not counts:
+        return []
+    largest = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
+    kinds = ", ".join(f"{escape(suffix)} ({count})" for suffix, count in largest)
+    line = f"{counts.total()} files that are no images passed over: {kinds}" + ", ..." * (len(counts) > SHOWN)
+    if counts.total() <= images:
+        return [line]
+    remedy = "convert what should be images"
+    if any(suffix in HEIF for suffix in counts):
+        remedy += ", or install pillow-heif, with which .heic and .heif are read"
+    return [f"warning: {line}, more than the {images} images; {remedy}"]
+
+
 def shown(names: list[str]) -> str:
     """The first names in order, harmless to a terminal."""
     return ", ".join(escape(name) for name in sorted(names)[:SHOWN])
@@ -72,36 +81,39 @@ def shown(names: list[str]) -> str:
 def list_folder(root: Path) -> Index:
     """All images below ``root``, in ImageFolder's order. Raises UsageError when there are none."""
     images, folders, others, passed = [], [], [], PassedOver()
-    for folder, modified, files in walk(str(root), "", (), passed):
-        folders.append((folder, modified))
+    for folder, modified, mark, files in walk(str(root), "", (), passed):
+        folders.append((folder, modified, mark))
         for name in files:
             (images if is_image(name) else others).append((folder, name))
     notes = passed.notes(root)
     if not images:
-        seen = [os.path.join(*entry) for entry in others] or [name for name, _ in folders[1:]]
+        seen = [os.path.join(*entry) for entry in others] or [name for name, *_ in folders[1:]]
         holds = "; ".join([f"it holds {shown(seen)}"] * bool(seen) + notes) or "it is empty"
         raise UsageError(
             f"--data_path {escape(root)}: no images in this folder; {holds}; images end in {' '.join(EXTENSIONS)}"
         )
     names, labels, class_names = _with_classes(images)
-    empty = {name.split(os.sep)[0] for name, _ in folders[1:]} - set(class_names)
+    notes += [f"{escape(root)}: {line}" for line in other_kinds([name for _, name in others], len(images))]
+    empty = {name.split(os.sep)[0] for name, *_ in folders[1:]} - set(class_names)
     if class_names and empty:
         notes.append(f"{escape(root)}: no images in {shown(list(empty))}, so no class either")
-    absent = [(name, MISSING) for name in passed.nowhere[:WATCHED]]
-    stamps = np.array([(modified, -1) for _, modified in folders + absent], np.int64)
+    absent = [(name, MISSING, -1) for name in passed.nowhere[:WATCHED]]
+    stamps = np.array([(modified, mark) for _, modified, mark in folders + absent], np.int64)
     return Index(
         Strings.pack(names),
         labels,
         class_names,
-        Strings.pack([name for name, _ in folders + absent]),
+        Strings.pack([name for name, *_ in folders + absent]),
         stamps,
         splits=find_splits({folder for folder, _ in images}),
         notes=notes,
     )
 
 
-def walk(root: str, folder: str, above: tuple, passed: PassedOver) -> Iterator[tuple[str, int, list[str]]]:
-    """(folder relative to root, its modification time in ns, names of its files), links followed but in no circle.
+def walk(root: str, folder: str, above: tuple, passed: PassedOver) -> Iterator[tuple[str, int, int, list[str]]]:
+    """(folder relative to root, its modification time in ns, the mark of all its entries, names of its files).
+
+    Links are followed, but in no circle.
 
     The time is read before the folder is, so that what is added meanwhile shows.
     """
@@ -112,9 +124,10 @@ def walk(root: str, folder: str, above: tuple, passed: PassedOver) -> Iterator[t
         if identity in above:
             passed.unusable.append(folder)
             return
-        files, subfolders = [], []
+        files, subfolders, everything = [], [], []
         with os.scandir(here) as entries:
             for entry in entries:
+                everything.append(entry.name)
                 if is_hidden(entry.name):
                     if is_image(entry.name) or entry.is_dir(follow_symlinks=False):
                         passed.hidden.append(os.path.join(folder, entry.name))
@@ -128,7 +141,7 @@ def walk(root: str, folder: str, above: tuple, passed: PassedOver) -> Iterator[t
                     getattr(passed, kind).append(os.path.join(folder, entry.name))
     except OSError as error:
         raise _cannot_be_read(root, here, error) from error
-    yield folder, status.st_mtime_ns, files
+    yield folder, status.st_mtime_ns, entries_mark(everything), files
     for name in subfolders:
         yield from walk(root, os.path.join(folder, name), (*above, identity), passed)
 
@@ -172,7 +185,7 @@ def splits_below(root: Path) -> Splits | None:
         folders[name] = bool(_subfolders(root, root / name, ENOUGH))
     if not all(folders[name] for name in trains):  # where the others might be classes, only those with images count
         for name in others:
-            if not any(any(map(is_image, files)) for _, _, files in walk(str(root), name, (), PassedOver())):
+            if not any(any(map(is_image, files)) for *_, files in walk(str(root), name, (), PassedOver())):
                 del folders[name]
     return Splits(folders=folders)
 
@@ -210,7 +223,8 @@ def list_zip(path: Path, inner: str = "") -> Index:
         status,
         rows,
         splits=find_splits({folder[len(start) :] for folder, _ in images}),
-        notes=passed.notes(path / inner),
+        notes=passed.notes(path / inner)
+        + [f"{escape(path / inner)}: {line}" for line in other_kinds(passed.others, len(places))],
     )
 
 
@@ -246,6 +260,8 @@ def zip_images(path: Path, inner: str = "") -> tuple[dict[tuple[str, str], tuple
                                  f"{entry.compress_type}; pack the images with 'store' or 'deflate'")  # fmt: skip
             place = (entry.header_offset, entry.compress_size, entry.file_size, entry.compress_type, entry.CRC)
             places[folder, name] = place
+        elif not entry.is_dir():
+            passed.others.append(name)
     passed.hidden = list(hidden)
     return places, [entry.filename for entry in entries], passed
 

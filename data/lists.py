@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from data.index import Index, Strings
-from data.listing import EXTENSIONS, SHOWN, is_image, stamp_of_file
+from data.listing import SHOWN, stamp_of_file
 from data.splits import find_splits
+from data.suffixes import EXTENSIONS, is_image
 from utils import UsageError, escape
 
 FIRST, SPREAD = 10, 50  # lines whose files are looked for: at the beginning, and between there and the end

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,12 +20,13 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from data import waiting
 from data.datasets import BadImage, Source
 from data.preprocess import MEAN, STD
 from randomness import Permutation, counted_uniforms
-from utils import UsageError, World, log, to_device, usable_cpus
+from utils import EXIT_REQUEUE, RunStopped, UsageError, World, log, to_device, usable_cpus
 
 MAX_ATTEMPTS = 100
 _REPLACEMENT = 0x5EED  # keeps these draws apart from those of the crops
@@ -59,7 +61,7 @@ class TrainLoader:
     is empty, and nothing of ``views`` is there).
 
     Raises UsageError when the data set is smaller than a batch, and from the iteration when no image can be read or a
-    worker dies.
+    worker dies; RunStopped when ``stop_requested`` says so and workers hang, so that no step will come to an end.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class TrainLoader:
         start_epoch: int = 0,
         start_step: int = 0,
         drop_last: bool = True,
+        stop_requested: Callable[[], bool] = lambda: False,
     ):
         if min(batch_size, pieces) < 1 or num_workers < 0:
             raise UsageError(
@@ -93,6 +96,7 @@ class TrainLoader:
         if batch_size % pieces:
             raise UsageError(f"a batch of {batch_size} images cannot be divided into {pieces} equal pieces")
         self.dataset = _Pieces(source, views, seed)
+        self.stop_requested = stop_requested
         self.num_workers = min(num_workers, usable_cpus())
         if self.num_workers < num_workers:
             log.info("%d data workers instead of %d: as many as there are processors", self.num_workers, num_workers)
@@ -108,6 +112,7 @@ class TrainLoader:
             sampler=_PieceSampler(self),
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
+            timeout=waiting.POLL if self.num_workers else 0,
             pin_memory=self.world.device.type == "cuda",
             worker_init_fn=_init_worker,
             generator=torch.Generator(),  # leaves the global generator alone
@@ -120,19 +125,40 @@ class TrainLoader:
             # the loader notices it as well, when it waits for the next piece
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         died = ""
+        watched = None if self.num_workers else waiting.watch(self.dataset.reading, "the loading of images")
         try:
-            for piece in pieces:
+            while (piece := self._next(pieces)) is not None:
                 yield _checked(piece)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker (pid"):
                 raise
             died = ", ".join(_ending(worker.exitcode) for worker in workers if worker.exitcode) or "without a signal"
+        finally:
+            if watched is not None:
+                watched.set()
         if died:
             del pieces  # ends the remaining workers, which the error's traceback would keep
             raise UsageError(
                 f"a data worker died ({died}); when memory ran out, lower --num_workers {self.num_workers} or the "
                 "batch; after SIGBUS enlarge /dev/shm (docker --shm-size)"
             )
+
+    def _next(self, pieces: Iterator[dict]) -> dict | None:
+        """The next piece, None after the last. Raises RunStopped where a stop is asked for and none arrives."""
+        asked = None
+        while True:
+            try:
+                return next(pieces, None)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            asked = None if not self.stop_requested() else asked or time.monotonic()
+            if asked and time.monotonic() - asked >= waiting.GRACE:
+                raise RunStopped(
+                    "stopped on request while waiting for images that do not come; the same command continues from "
+                    "what was saved last",
+                    exit_code=EXIT_REQUEUE,
+                )
 
     def piece(self, epoch: int, step: int, piece: int = 0) -> dict:
         """Any piece by itself, made in this process: for a first look at the data, and to replay a step."""
@@ -169,6 +195,7 @@ class _Pieces(Dataset):
 
     def __init__(self, source: Source, views: Callable, seed: int):
         self.source, self.views, self.seed = source, views, seed
+        self.reading = waiting.Reading(source.image_name)
         self.read = source.pil if views.augment == "pil" else source.array
 
     def __len__(self) -> int:
@@ -196,7 +223,8 @@ class _Pieces(Dataset):
         candidate = index
         for attempt in range(MAX_ATTEMPTS):
             try:
-                return self.read(candidate), candidate
+                with self.reading.of(candidate):
+                    return self.read(candidate), candidate
             except BadImage as error:
                 bad.append((error.name, error.reason))
             draw = counted_uniforms(self.seed, epoch, index, attempt, _REPLACEMENT)
@@ -245,6 +273,7 @@ def _checked(piece: dict) -> dict:
 def _init_worker(worker: int) -> None:
     """One thread per worker; signals meant for the run (save and stop) are the main process's business."""
     cv2.setNumThreads(0)
+    waiting.watch(get_worker_info().dataset.reading, f"worker {worker}")
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

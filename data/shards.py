@@ -17,9 +17,10 @@ import numpy as np
 
 from data.encoded import TAR_BLOCK
 from data.index import Index, Strings
-from data.listing import PassedOver, hidden_part, is_image, shared_folders, shown, stamp_of_file, walk
+from data.listing import PassedOver, hidden_part, shared_folders, shown, stamp_of_file, walk
 from data.lists import number_labels, read_lines
 from data.splits import find_splits
+from data.suffixes import is_image
 from utils import UsageError, escape
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -60,7 +61,7 @@ def holds_archives(folder: Path) -> bool:
 def holds_shards(root: Path) -> bool:
     """Whether a folder holds archives and no image beside them: a tree of images says so at its first one."""
     found = False
-    for _, _, files in walk(str(root), "", (), PassedOver()):
+    for *_, files in walk(str(root), "", (), PassedOver()):
         if any(map(is_image, files)):
             return False
         found = found or any(map(is_archive, files))
@@ -121,11 +122,11 @@ def _shards(path: Path) -> tuple[list[str], list, list[int], PassedOver]:
     passed = PassedOver()
     if os.path.isdir(path):
         folders, names = [], []
-        for folder, modified, files in walk(str(path), "", (), passed):
-            folders.append((folder, modified))
+        for folder, modified, mark, files in walk(str(path), "", (), passed):
+            folders.append((folder, modified, mark))
             names += [os.path.join(folder, name) for name in files if is_archive(name)]
-        watched = [folder for folder, _ in folders] + sorted(names)
-        stamps = [np.array((modified, -1)) for _, modified in folders]
+        watched = [folder for folder, *_ in folders] + sorted(names)
+        stamps = [np.array(stamp) for _, *stamp in folders]
     elif is_archive(path.name):
         return [path.name], [], [0], passed
     else:

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,14 @@ from data.preprocess import MEAN, STD, eval_transform
 from evaluation.finetune_network import build_network
 from evaluation.finetune_run import FinetuneRun, load_to_test, open_writer, resume, save, write_scalars
 from evaluation.finetune_steps import Stepper, drop_path_draws, mix, seed_dropout, smoothed, soft_cross_entropy
-from evaluation.run import labelled_batches, means_over_images, tell_replaced, tested_or_saved, training_pieces
+from evaluation.run import (
+    labelled_batches,
+    means_over_images,
+    see_test_images,
+    tell_replaced,
+    tested_or_saved,
+    training_pieces,
+)
 from models.checkpoints import weights_hash
 from models.finetuned import layer_decay_groups
 from utils import UsageError, World, all_reduce_sum, autocast, batch_dtype, cosine_scheduler, distributed, log
@@ -104,9 +111,15 @@ def train_views(args: argparse.Namespace, size: int) -> FinetuneViews:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_transform(run: FinetuneRun) -> Callable:
+    return eval_transform(run.sets.crop_size, run.sets.resize_size, "bilinear", *normalisation(run.args))
+
+
 def train(run: FinetuneRun) -> None:
     args = run.args
     start, lines = resume(run)
+    if start == 0:
+        see_test_images(run, test_transform(run))
     _, pieces = training_pieces(run, train_views(args, run.sets.crop_size), start, pieces=args.update_freq)
     if start < args.epochs or run.untested is not None:
         open_writer(run, start)
@@ -211,7 +224,7 @@ def show(run: FinetuneRun, epoch: int, step: int, loss: float, norm: float, rate
 def test(run: FinetuneRun) -> dict:
     """Mean loss over the test images, top-1 and (from five classes on) top-5 accuracy in percent; every image once."""
     args, device, model = run.args, run.world.device, run.network.model.eval()
-    transform = eval_transform(run.sets.crop_size, run.sets.resize_size, "bilinear", *normalisation(args))
+    transform = test_transform(run)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for images, labels in labelled_batches(run, transform, int(1.5 * args.batch_size_per_gpu)):
         with autocast(args.precision, device):

@@ -5,6 +5,7 @@ import argparse
 import torch
 
 from data.decode import reading_from
+from data.index import refresh_indices
 from data.published import place_from
 from evaluation.sets import Sets, open_train_and_test
 from models import ALIASES, VIT, family_of
@@ -75,5 +76,6 @@ def build_sets(args: argparse.Namespace, recorded_size: int | None) -> Sets:
     size = args.input_size or recorded_size or 224
     whole = args.data_path is None or size >= 384  # a bundled tile has no border to cut off
     resize = int(size / (args.crop_pct or (1.0 if whole else 224 / 256)))
+    refresh_indices(args.refresh_index)
     images = open_train_and_test(place_from(args), args.subset, eval_data_path=args.eval_data_path)
     return Sets(images, reading_from(args), (size, resize), args.nb_classes, "--nb_classes")

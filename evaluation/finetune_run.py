@@ -22,7 +22,7 @@ FREE = {"data_path", "eval_data_path", "data_set", "output_dir", "log_dir", "num
 FREE |= {"local_rank", "backend", "finetune", "checkpoint_key", "model_key", "resume", "auto_resume", "dist_eval"}
 FREE |= {"save_ckpt_freq", "batch_size_per_gpu", "update_freq", "model", "patch_size", "window_size", "input_size"}
 FREE |= {"model_ema_force_cpu", "crop_pct", "skip_unreadable"}
-FREE |= {*DATASET_OPTIONS, "exif", "max_image_pixels"}  # they are in the fingerprints
+FREE |= {*DATASET_OPTIONS, "refresh_index", "exif", "max_image_pixels"}  # they are in the fingerprints
 
 
 @dataclass(kw_only=True)

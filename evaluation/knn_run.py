@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from data.datasets import ALL, BadImage, Source
 from data.decode import reading_from
+from data.index import refresh_indices
 from data.preprocess import eval_transform
 from data.published import place_from
 from evaluation.baselines import BINS, RAW_SIDE, colour_histogram, raw_pixels
@@ -82,6 +83,7 @@ def build_run(args: argparse.Namespace, world: World) -> KnnRun:
     per_class = None if args.subset == ALL else args.subset
     first, last = min(args.subset_starts), max(args.subset_starts)
     span = per_class and last - first + per_class
+    refresh_indices(args.refresh_index)
     images = open_train_and_test(place_from(args), span, first, args.eval_data_path)
     sets = Sets(images, reading_from(args), crop_and_resize(args, network))
     rows = {

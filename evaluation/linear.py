@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from data.decode import reading_from
+from data.index import refresh_indices
 from data.loader import TrainLoader
 from data.preprocess import eval_transform
 from data.published import place_from
@@ -26,7 +27,14 @@ from evaluation.linear_run import (
     sweep_recipes,
 )
 from evaluation.network import chosen_features, network_from_options, within_depth
-from evaluation.run import labelled_batches, means_over_images, tell_replaced, tested_or_saved, training_pieces
+from evaluation.run import (
+    labelled_batches,
+    means_over_images,
+    see_test_images,
+    tell_replaced,
+    tested_or_saved,
+    training_pieces,
+)
 from evaluation.sets import Sets, crop_and_resize, open_train_and_test
 from models.safe_load import load_file
 from utils import UsageError, World, all_reduce_sum, log
@@ -38,6 +46,7 @@ def build_run(args: argparse.Namespace, world: World) -> LinearRun:
     network = network_from_options(args)
     model = network.model.to(world.device).eval().requires_grad_(False)
     features = chosen_features(network, args.n_last_blocks, args.avgpool_patchtokens, args.class_token)
+    refresh_indices(args.refresh_index)
     images = open_train_and_test(place_from(args), args.subset, eval_data_path=args.eval_data_path)
     sets = Sets(images, reading_from(args), crop_and_resize(args, network), args.num_labels)
     log.info(str(sets))
@@ -70,6 +79,8 @@ def feature_widths(model, features: Sequence[Feature], crop_size: int, device: t
 def train(run: LinearRun) -> None:
     args = run.args
     start, lines = resume(run)
+    if start == 0:
+        see_test_images(run, eval_transform(run.sets.crop_size, run.sets.resize_size))
     loader, pieces = training_pieces(run, LinearViews(run.sets.crop_size, args.augment), start, drop_last=False)
     if run.untested is not None:
         end_epoch(run, start - 1, run.untested, lines)

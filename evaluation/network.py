@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from evaluation.features import CLASS_TOKENS, CLS, INTERLEAVED, MEAN, OUTPUT, POOLINGS, Feature
 from models import ALIASES, build_backbone, family_of
-from models.checkpoints import Network, network_from_file
+from models.checkpoints import Network, add_unseen_arguments, network_from_file
 from utils import BACKENDS, UsageError, log
 
 
@@ -24,6 +24,7 @@ def add_network_arguments(parser: argparse._ActionsContainer) -> None:
     )
     add("--arch", default=None, help="architecture; left out: the checkpoint's own, else vit_small")
     add("--patch_size", default=None, type=int, help="left out: the checkpoint's own, else 16 (Swin: 4)")
+    add_unseen_arguments(parser)
     add("--window_size", default=None, type=int, help="of a Swin; left out: the checkpoint's own, else 7")
 
 
@@ -110,13 +111,21 @@ def network_from_options(args: argparse.Namespace) -> Network:
     """The network that ``add_network_arguments`` describes; says loudly when its weights are random (seed 0)."""
     if args.pretrained_weights:
         network = network_from_file(
-            args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.window_size
+            args.pretrained_weights,
+            args.checkpoint_key,
+            args.arch,
+            args.patch_size,
+            args.window_size,
+            args.num_heads,
+            args.act,
         )
         info = network.report.info
         log.info(f"{info.path}: {info.layout.name}, {network.arch}: {network.report}")
-        for note in info.notes:
+        for note in (*info.notes, *[f"assumed: {words}" for words in [network.report.assumed] if words]):
             log.info(f"{info.path}: {note}")
         return network
+    if args.num_heads or args.act:
+        raise UsageError("--num_heads, --act: describe the network of a file; pass --pretrained_weights")
     arch = ALIASES.get(args.arch, args.arch) or "vit_small"
     arguments = family_of(arch).arguments(vars(args))
     log.warning(

@@ -108,6 +108,12 @@ def labelled_batches(run: Run, transform: Callable, batch_size: int) -> Iterator
     run.left_out = unreadable
 
 
+def see_test_images(run: Run, transform: Callable) -> None:
+    """Read the test images before anything is trained: what cannot be read is refused, or named, now."""
+    for _ in labelled_batches(run, transform, run.args.batch_size_per_gpu):
+        pass
+
+
 def tested_or_saved(test: Callable[[], object], save: Callable[[], None]) -> object:
     """What ``test`` finds. Where it refuses the test images, the epoch it follows is saved, so that it is not lost."""
     try:

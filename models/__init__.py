@@ -85,7 +85,15 @@ VIT = Family(
     hides_patches=True,
     class_attention=True,
     shapes=vit_arguments,
-    from_file=("img_size", "init_values", "num_class_tokens", "num_registers", "use_mean_pooling", "variant"),
+    from_file=(
+        "img_size",
+        "init_values",
+        "num_class_tokens",
+        "num_registers",
+        "use_mean_pooling",
+        "variant",
+        "qkv_bias",
+    ),
 )
 SWIN = Family(
     name="swin",

@@ -187,6 +187,7 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
+ACTIVATIONS = ("gelu", "quick_gelu")  # of MLPs without a gate
 MLPS = {"gelu": Mlp, "quick_gelu": QuickGELUMlp, "swiglu": SwiGLU}
 
 

@@ -10,8 +10,9 @@ random.
 
 import argparse
 import hashlib
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from models import ALIASES, FAMILIES, VIT, backbone_names, build_backbone, family_of
+from models.blocks import ACTIVATIONS, Mlp
+from models.layouts.checks import unusable
+from models.layouts.libraries import resnet_of
 from models.layouts.names import NOT_NEEDED, State, grouped, plain_names, to_timm
-from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, remedy, vit_arguments
+from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, gated_mlp, remedy, vit_arguments
 from models.reading import Info, read_backbone
 from models.safe_load import CheckpointError
-from models.vit import VisionTransformer
-from utils import Parser, UsageError, run_cli, save_atomically, save_torch
+from models.vit import Variant, VisionTransformer
+from utils import Parser, UsageError, run_cli, save_atomically, save_torch, shortened
+
+KEYS_SHOWN, LONGEST_LINE = 16, 600  # of what ``main`` prints
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading a network, and saying what matched
@@ -45,6 +51,7 @@ class Report:
     mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)  # name, network's shape, file's shape
     ignored: list[str] = field(default_factory=list)  # in the file, and no part of a backbone
     untouched: list[str] = field(default_factory=list)  # in the network, and not needed for evaluation
+    assumed: str = ""  # what no tensor shows, in words
 
     @property
     def complete(self) -> bool:
@@ -57,9 +64,10 @@ class Report:
 
     def table(self, rows: int = 8) -> str:
         """What did not match, one name a line, the first ``rows`` of each kind."""
-        lines = [f"shape       {name}: network {ours}, file {theirs}" for name, ours, theirs in self.mismatched[:rows]]
+        mismatched = [(shortened(name), *shapes) for name, *shapes in self.mismatched[:rows]]
+        lines = [f"shape       {name}: network {ours}, file {theirs}" for name, ours, theirs in mismatched]
         for kind, names in (("missing", self.missing), ("unexpected", self.unexpected)):
-            lines += [f"{kind:<11} {name}" for name in names[:rows]]
+            lines += [f"{kind:<11} {shortened(name)}" for name in names[:rows]]
             lines += [f"{kind:<11} ... {len(names) - rows} more"] * (len(names) > rows)
         lines += [f"shape       ... {len(self.mismatched) - rows} more"] * (len(self.mismatched) > rows)
         return "\n".join(f"  {line}" for line in lines)
@@ -100,6 +108,8 @@ def load_tensors(model: nn.Module, state: State, info: Info) -> Report:
         raise CheckpointError(
             f"{info.where}: does not fit the network: {report}. {advice(model.state_dict(), state)}\n{report.table()}"
         )
+    if why := unusable(model.state_dict(), state):
+        raise CheckpointError(f"{info.where}: {why}")
     model.load_state_dict(model.state_dict() | {name: state[name] for name in report.matched})
     return report
 
@@ -150,10 +160,15 @@ def network_from_file(
     arch: str | None = None,
     patch_size: int | None = None,
     window_size: int | None = None,
+    num_heads: int | None = None,
+    act: str | None = None,
 ) -> Network:
-    """Build the architecture a file was written with, or the given one, and load its backbone into it."""
+    """Build the architecture a file was written with, or the given one, and load its backbone into it.
+
+    ``num_heads``, ``act``: of a vision transformer, which no tensor shows; None: as recorded, else as the architecture.
+    """
     state, info = read_backbone(path, checkpoint_key)
-    return network_from_state(state, info, arch, patch_size, window_size)
+    return network_from_state(state, info, arch, patch_size, window_size, num_heads=num_heads, act=act)
 
 
 def network_from_state(
@@ -162,25 +177,59 @@ def network_from_state(
     arch: str | None = None,
     patch_size: int | None = None,
     window_size: int | None = None,
+    *,
+    num_heads: int | None = None,
+    act: str | None = None,
     **arguments: object,
 ) -> Network:
     """``network_from_file`` for what ``read_backbone`` returned; ``arguments``: what its tensors do not show."""
-    arch, chosen = choose_architecture(state, info, arch, patch_size, window_size)
+    arch, chosen = choose_architecture(state, info, arch, patch_size, window_size, num_heads, act)
     arguments = chosen | arguments
     model = build_backbone(arch, **arguments)
-    return Network(model, arch, arguments, load_tensors(model, state, info))
+    report = load_tensors(model, state, info)
+    report.assumed = assumed(model, info, num_heads, act)
+    return Network(model, arch, arguments, report)
+
+
+def assumed(model: nn.Module, info: Info, num_heads: int | None, act: str | None) -> str:
+    """What was taken for granted of a vision transformer of ours, in words; "" where it was said or recorded."""
+    if not isinstance(model, VisionTransformer):
+        return ""
+    words = []
+    if num_heads is None and recorded_heads(info) is None:
+        words.append(f"{model.blocks[0].attn.num_heads} heads of attention (--num_heads)")
+    if act is None and "act" not in info.arguments and isinstance(model.blocks[0].mlp, Mlp):
+        words.append("GELU (--act)")
+    if model.fc_norm is None and "global_pool" not in info.arguments:
+        words.append("the class token as output")
+    return f"{', '.join(words)}, which no tensor shows" if words else ""
+
+
+def recorded_heads(info: Info) -> int | None:
+    """Heads of attention as the file or the configuration beside it says, where it does."""
+    heads = info.arguments.get("num_attention_heads", info.arguments.get("num_heads"))
+    return int(heads) if isinstance(heads, int | float) and heads >= 1 else None
 
 
 def choose_architecture(
-    state: State, info: Info, arch: str | None, patch_size: int | None, window_size: int | None = None
+    state: State,
+    info: Info,
+    arch: str | None,
+    patch_size: int | None,
+    window_size: int | None = None,
+    num_heads: int | None = None,
+    act: str | None = None,
 ) -> tuple[str, dict]:
     """(name, arguments) for ``build_backbone``: as asked, else as the shapes say, else as the file records.
 
     Raises CheckpointError when none of these names a network.
     """
-    recorded = info.arguments.get("arch")
+    recorded, others = info.arguments.get("arch"), {}
     if arch is None and any(f.shapes(state) for f in FAMILIES) and not str(recorded).startswith("timm/"):
-        arch = arch_of(state)
+        arch, others = arch_of(state), _unnamed(state, num_heads or recorded_heads(info))
+        arch = others.pop("arch", arch)
+    elif arch is None and (name := resnet_of(state)) and not isinstance(recorded, str):
+        arch = name
     elif arch is None and isinstance(recorded, str):
         if recorded not in backbone_names() and not recorded.startswith("timm/"):
             raise CheckpointError(
@@ -188,6 +237,11 @@ def choose_architecture(
             )
         arch = recorded
     if arch is None:
+        if num_heads is None and not gated_mlp(state) and (shape := vit_arguments(state)):
+            raise CheckpointError(
+                f"{info.where}: holds a {describe(state)}; nothing here has its width {shape['embed_dim']}: pass its "
+                "--num_heads, or its --arch"
+            )
         raise CheckpointError(f"{info.where}: holds a {describe(state)}; {remedy(state)}")
     family, name = family_of(arch), ALIASES.get(arch, arch)
     shape = family.shapes(state) or {}
@@ -199,17 +253,58 @@ def choose_architecture(
     if family is VIT:  # what no tensor shows
         if info.norm_eps != 1e-6:
             arguments["norm_eps"] = info.norm_eps
-        heads = VIT.networks[name](network=dict)["num_heads"]
-        if info.arguments.get("num_attention_heads", heads) != heads:
-            raise CheckpointError(
-                f"{info.path}: has {info.arguments['num_attention_heads']:g} heads of attention, {arch} has {heads}"
-            )
+        arguments |= others | _attention_and_mlp(name, arguments | others, info, num_heads, act)
+    elif num_heads or act:
+        raise UsageError(f"--num_heads, --act: {arch} is no vision transformer of ours; leave them out")
     return name, arguments
+
+
+def _unnamed(state: State, heads: int | None) -> dict:
+    """Name and arguments of a plain vision transformer of a depth or width that has no name; {} where it has one.
+
+    One of a named width has that name's heads, unless it is said how many.
+    """
+    shape = vit_arguments(state)
+    if not shape or arch_of(state):
+        return {}
+    named = {width: name for (width, _), name in NAME_OF_SHAPE.items()}
+    name = named.get(shape["embed_dim"], "vit_small" if heads else None)
+    own = {key: shape[key] for key in ("embed_dim", "depth", "mlp_ratio")}
+    return {"arch": name, **own} if name else {}
+
+
+def _attention_and_mlp(arch: str, arguments: dict, info: Info, num_heads: int | None, act: str | None) -> dict:
+    """The arguments of a vision transformer that no tensor shows, where they are not the architecture's own."""
+    usual = VIT.networks[arch](network=dict)
+    width, heads = arguments.get("embed_dim", usual["embed_dim"]), num_heads or recorded_heads(info)
+    different = {}
+    if heads and heads != usual["num_heads"]:
+        if width % heads:
+            raise UsageError(f"--num_heads {heads}: does not divide the width {width} of {info.where}")
+        different["num_heads"] = heads
+    act, variant = act or info.arguments.get("act"), arguments.get("variant", Variant())
+    if act and act != variant.mlp and variant.mlp in ACTIVATIONS:
+        different["variant"] = replace(variant, mlp=act)
+    return different
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_unseen_arguments(parser: argparse._ActionsContainer) -> None:
+    """What no tensor of a vision transformer shows."""
+    parser.add_argument("--num_heads", default=None, type=_heads, help="of attention; left out: the architecture's own")
+    parser.add_argument(
+        "--act", default=None, choices=ACTIVATIONS, help="of its MLPs; left out: as recorded, else gelu"
+    )
+
+
+def _heads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a number of heads, at least 1")
+    return int(text)
 
 
 def main() -> int:
@@ -224,48 +319,61 @@ def main() -> int:
     )
     parser.add_argument("--arch", default=None, help="compare with this architecture; left out: the file's own")
     parser.add_argument("--patch_size", default=None, type=int, help="compare with this patch size; left out: its own")
+    add_unseen_arguments(parser)
     parser.add_argument("--to", default=None, help="write the backbone here, .pth or .safetensors, under timm's names")
     args = parser.parse_args()
     state, info = read_backbone(args.file, args.checkpoint_key)
 
     def say(label: str, text: object) -> None:
-        print(f"{label:<12}{text}")
+        print(f"{label:<12}{shortened(text, LONGEST_LINE)}")
 
     say("file", f"{info.path} ({info.path.stat().st_size / 1e6:.2f} MB)")
     say("layout", info.layout.name)
     say("method", info.method or "not recorded")
     say("epoch", info.epoch if info.epoch is not None else "not recorded")
-    for name, content in info.top_level.items():
+    for name, content in itertools.islice(info.top_level.items(), KEYS_SHOWN):
         say("key", f"{name}: {content}")
+    if len(info.top_level) > KEYS_SHOWN:
+        say("key", f"... {len(info.top_level) - KEYS_SHOWN} more")
     say("network", describe(state))
     named = ("arch", "patch_size")  # None: a network without patches
     if recorded := {name: info.arguments[name] for name in named if info.arguments.get(name) is not None}:
         say("recorded", ", ".join(f"--{name} {value}" for name, value in recorded.items()))
-    complete = _say_what_matches(state, info, args, say)
+    usable = _say_what_matches(state, info, args, say)
     for note in info.notes:
         say("note", note)
     if args.to:
         _convert(state, info, Path(args.to), say)
-    return 0 if complete or args.to else 1
+    if not usable:  # 1: the answer to a question, 2: a file that nothing can be done with
+        return 1 if args.arch and not args.to else 2 * (not args.to)
+    return 0
 
 
 def _say_what_matches(state: State, info: Info, args: argparse.Namespace, say: Callable) -> bool:
     shape = vit_arguments(state)
-    if args.arch is None and shape and (shape["embed_dim"], shape["depth"]) not in NAME_OF_SHAPE:
+    named = {width for width, _ in NAME_OF_SHAPE}
+    if args.arch is None and args.num_heads is None and shape and shape["embed_dim"] not in named:
         model, name = VisionTransformer(**shape, num_heads=1), "a vision transformer of these shapes"
     else:
         try:
-            arch, arguments = choose_architecture(state, info, args.arch, args.patch_size)
+            arch, arguments = choose_architecture(
+                state, info, args.arch, args.patch_size, num_heads=args.num_heads, act=args.act
+            )
             model = build_backbone(arch, **arguments)
         except UsageError as error:
             say("matched", f"not checked: {error}")
             return False
         name = f"{arch}, patch {arguments['patch_size']}" if "patch_size" in arguments else arch
-    _, report = _fit(model.state_dict(), state, info)
+        if words := assumed(model, info, args.num_heads, args.act):
+            say("assumed", words)
+    fitted, report = _fit(model.state_dict(), state, info)
     share = 100 * len(report.matched) / max(1, report.total)
     say("matched", f"{share:.1f} % of {name}: {report}")
     if not report.complete:
-        print(f"{report.table()}\n  {advice(model.state_dict(), state)}")
+        print(f"{report.table()}\n  {shortened(advice(model.state_dict(), state), LONGEST_LINE)}")
+    elif why := unusable(model.state_dict(), fitted):
+        say("unusable", why)
+        return False
     return report.complete
 
 

@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import stat
 import zipfile
 from importlib import import_module
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from utils import UsageError, nearest
+from utils import UsageError, nearest, shortened
 
 TORCH, SAFETENSORS = "torch", "safetensors"
+LFS_POINTER = b"version https://git-lfs"
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 
 
@@ -48,8 +50,6 @@ def load_file(path: str | Path, mapped: bool = False) -> dict:
             _compare_checksums(path)
         with torch.serialization.safe_globals(_harmless_types()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_archive)
-    except MemoryError:
-        raise
     except Exception as error:  # a damaged or hostile file can fail in every way its bytes allow
         raise CheckpointError(f"{path}: {_why_refused(error)}") from error
     if not isinstance(content, dict):
@@ -62,8 +62,6 @@ def _load_safetensors(path: Path, mapped: bool) -> dict:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
-    except MemoryError:
-        raise
     except Exception as error:  # as above
         raise CheckpointError(f"{path}: {_why_refused(error)}") from error
     return tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
@@ -83,13 +81,20 @@ def _kind_of(path: Path) -> str:
         beside = _checkpoints_in(path.parent)
         raise CheckpointError(f"{path}: no such file{nearest(path.name, beside) or '; check the path'}")
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+            raise CheckpointError(f"{path}: a pipe, socket or device, not a file; pass the file itself")
+        size = status.st_size
         with open(path, "rb") as file:
-            start = file.read(16)
+            start = file.read(len(LFS_POINTER))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
     if size == 0:
         raise CheckpointError(f"{path}: empty (0 bytes): the copy or download failed; fetch it again")
+    if start == LFS_POINTER:
+        raise CheckpointError(
+            f"{path}: a pointer of Git LFS, three lines of text in place of the file; fetch it with 'git lfs pull'"
+        )
     if _is_safetensors(start):
         return SAFETENSORS
     if start.startswith(b"PK"):
@@ -108,11 +113,19 @@ def _check_is_torch_archive(path: Path, size: int) -> None:
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path}: truncated: the end is missing after {size} bytes; copy or save it again")
     with zipfile.ZipFile(path) as archive:
-        names = {name.rsplit("/", 1)[-1] for name in archive.namelist()}
+        entries = archive.infolist()
+        names = {entry.filename.rsplit("/", 1)[-1] for entry in entries}
     if "constants.pkl" in names:
         raise CheckpointError(f"{path}: a TorchScript program, not weights; save its state_dict() with torch.save")
     if "data.pkl" not in names:
         raise CheckpointError(f"{path}: a zip archive, but none that torch.save wrote; pass a .pth file")
+    # torch.save packs nothing, so that what a file unfolds to is no larger than the file
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
+        total = sum(entry.file_size for entry in entries) / 1e6
+        raise CheckpointError(
+            f"{path}: refused: {total:.0f} MB of contents in a file of {size / 1e6:.0f} MB, which torch.save never "
+            "packs; load and save it again with torch.save if you trust it"
+        )
 
 
 def _compare_checksums(path: Path) -> None:
@@ -137,10 +150,12 @@ def _foreign_kind(start: bytes) -> str:
 def _why_refused(error: Exception) -> str:
     """One line for what ``torch.load`` or safetensors raised."""
     text = str(error).strip()
+    if isinstance(error, MemoryError):
+        return "it does not fit into memory"
     if isinstance(error, EOFError) or "Ran out of input" in text:
         return "truncated: the file ends too early; copy or save it again"
     if isinstance(error, pickle.UnpicklingError):
         wanted = re.search(r"GLOBAL ([\w.]+)", text)
         what = f"{wanted.group(1)}, which weights do not need and which" if wanted else "more than tensors, which"
         return f"refused: it asks for {what} could run code; ask for the plain state_dict()"
-    return f"damaged: {text.splitlines()[0] if text else type(error).__name__}; copy or save it again"
+    return f"damaged: {shortened(text.splitlines()[0], 300) if text else type(error).__name__}; copy or save it again"

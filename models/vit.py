@@ -328,28 +328,28 @@ SIZES = ("micro", "tiny", "small", "base", "large", "huge", "giant2")
 
 def vit_micro(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
     """Small enough to learn something on a laptop's processor; nobody published it."""
-    return network(embed_dim=128, depth=4, num_heads=4, **kwargs)
+    return network(**{"embed_dim": 128, "depth": 4, "num_heads": 4} | kwargs)
 
 
 def vit_tiny(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
-    return network(embed_dim=192, depth=12, num_heads=3, **kwargs)
+    return network(**{"embed_dim": 192, "depth": 12, "num_heads": 3} | kwargs)
 
 
 def vit_small(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
-    return network(embed_dim=384, depth=12, num_heads=6, **kwargs)
+    return network(**{"embed_dim": 384, "depth": 12, "num_heads": 6} | kwargs)
 
 
 def vit_base(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
-    return network(embed_dim=768, depth=12, num_heads=12, **kwargs)
+    return network(**{"embed_dim": 768, "depth": 12, "num_heads": 12} | kwargs)
 
 
 def vit_large(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
-    return network(embed_dim=1024, depth=24, num_heads=16, **kwargs)
+    return network(**{"embed_dim": 1024, "depth": 24, "num_heads": 16} | kwargs)
 
 
 def vit_huge(network: type = VisionTransformer, **kwargs) -> VisionTransformer:
     """MAE's and CLIP's."""
-    return network(embed_dim=1280, depth=32, num_heads=16, **kwargs)
+    return network(**{"embed_dim": 1280, "depth": 32, "num_heads": 16} | kwargs)
 
 
 def vit_giant2(network: type = VisionTransformer, **kwargs) -> VisionTransformer:

@@ -25,7 +25,7 @@ FREE_OPTIONS = {
     *("avgpool_patchtokens", "knn_temperature", "class_token", "use_cuda", "print_freq", "max_bad_images"),
     *("max_skipped", "dry_run", "devices", "replay", "accept_changes", "use_fp16", "load_from", "backend"),
     *DATASET_OPTIONS,
-    *("init_from", "init_progress"),  # read once; where a run began is checked where it is resumed
+    *("init_from", "init_progress", "refresh_index"),  # read once; where a run began is checked where it is resumed
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 
 from models.safe_load import CheckpointError
+from utils import shortened
 
 State = dict[str, torch.Tensor]
 
@@ -17,11 +18,11 @@ WRAPPER = re.compile(
 # what holds a network beside its head, so only in front: multi-crop wrapper (UDI's twice), UNIC's encoder
 HOLDERS = ("backbone.", "encoder.")
 
-# a tensor that a network has once and near its images: a vision transformer's, a Swin's, a ResNet's, those of CvT,
-# Vision Longformer, CLIP and Hugging Face
+# a tensor that a network has once and near its images: a vision transformer's, a Swin's (torchvision's both too), a
+# ResNet's, those of CvT, Vision Longformer, CLIP and Hugging Face
 LANDMARK = re.compile(
     r"(?P<prefix>(?:.+?\.)??)(?:backbone\.|encoder\.)*"
-    r"(?:(?:embeddings\.)?cls_token|layers\.0\.blocks\.0\.norm1\.weight|layer1\.0\.conv1\.weight|stage0\.0\.proj\.weight"
+    r"(?:(?:embeddings\.)?cls_token|class_token|features\.1\.0\.norm1\.weight|layers\.0\.blocks\.0\.norm1\.weight|layer1\.0\.conv1\.weight|stage0\.0\.proj\.weight"
     r"|layer1\.0\.norm_embed\.weight|visual\.conv1\.weight|embeddings\.patch_embeddings\.projection\.weight)"
 )
 
@@ -110,7 +111,14 @@ def rename_tokens_and_scales(state: State) -> State:
 def name_gates(state: State) -> State:
     """timm's names of DINOv2's SwiGLU, which are those of a plain MLP -> DINOv2's. Its blocks have LayerScale."""
     first, second = (state.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
-    if first is None or second is None or first.shape[0] != 2 * second.shape[1] or "blocks.0.gamma_1" not in state:
+    if (
+        first is None
+        or second is None
+        or first.ndim != 2
+        or second.ndim != 2
+        or first.shape[0] != 2 * second.shape[1]
+        or "blocks.0.gamma_1" not in state
+    ):
         return state
     return renamed(state, lambda name: name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."))
 
@@ -170,7 +178,7 @@ def _joined(state: State, pattern: re.Pattern, letters: str) -> State:
 
 def add_class_position(state: State) -> State:
     """A zero position for the class token where only patches have one (DeiT III, registers in timm): same network."""
-    if not {"pos_embed", "cls_token"} <= state.keys():
+    if not {"pos_embed", "cls_token"} <= state.keys() or {state[n].ndim for n in ("pos_embed", "cls_token")} != {3}:
         return state
     classes, positions = state["cls_token"].shape[1], state["pos_embed"]
     if square_side(positions.shape[1] - classes) or not square_side(positions.shape[1]):
@@ -208,7 +216,16 @@ def grouped(names: list[str]) -> str:
     for name in names:
         group = name.split(".")[0]
         counts[group] = counts.get(group, 0) + 1
-    return ", ".join(group if group in names else f"{group}.* ({count})" for group, count in counts.items())
+    groups = [group if group in names else f"{group}.* ({count})" for group, count in counts.items()]
+    return listed(groups)
+
+
+def listed(names: Iterable[str], show: int = 12) -> str:
+    """The first ``show`` names, shortened, and how many more there are."""
+    names = list(names)
+    return ", ".join(
+        [shortened(name) for name in names[:show]] + [f"... {len(names) - show} more"] * (len(names) > show)
+    )
 
 
 def square_side(count: int) -> int | None:

@@ -1,10 +1,14 @@
 """Which network the tensors of a file are, by their names and shapes, and what to pass for it."""
 
+import itertools
 import re
 from collections.abc import Collection
 
+from models.layouts.checks import check_shapes
+from models.layouts.libraries import resnet_of
 from models.layouts.names import State, square_side
 from models.vit import Variant
+from utils import shortened
 
 NAME_OF_SHAPE = {  # (width, blocks); a test compares it with models/vit.py
     (128, 4): "vit_micro",
@@ -25,12 +29,13 @@ def vit_arguments(state: State) -> dict | None:
         hidden = state["blocks.0.mlp.w3.weight"].t() if gated else state["blocks.0.mlp.fc1.weight"]
     except KeyError:
         return None
+    check_shapes(state)
     side = square_side(positions.shape[1] - classes.shape[1])
     if side is None or qkv.shape[0] != 3 * patch.shape[0]:
         return None
     return {
         "embed_dim": patch.shape[0],
-        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "depth": count_blocks(state),
         "patch_size": patch.shape[-1],
         "img_size": side * patch.shape[-1],
         "mlp_ratio": hidden.shape[0] / hidden.shape[1] * (1.5 if gated else 1),
@@ -41,6 +46,12 @@ def vit_arguments(state: State) -> dict | None:
         "use_mean_pooling": "fc_norm.weight" in state and "norm.weight" not in state,
         "variant": Variant(mlp="swiglu" if gated else "gelu"),
     }
+
+
+def count_blocks(state: State) -> int:
+    """Blocks from 0 on; a number that leaves a gap of more than one is no block of this network."""
+    numbers = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d{1,6})\.", name))}
+    return next(number for number in itertools.count() if not {number, number + 1} & numbers)
 
 
 SWIN_OF_SHAPE = {  # (width of the first stage, blocks of every stage); a test compares it with models/swin.py
@@ -56,8 +67,11 @@ def swin_arguments(state: State) -> dict | None:
 
     The window is the largest of all stages: in the last ones it is as small as the map was when the network was built.
     """
-    table = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table")
+    table = re.compile(r"layers\.(\d{1,3})\.blocks\.(\d{1,6})\.attn\.relative_position_bias_table")
     tables = {tuple(map(int, m.groups())): tensor for name, tensor in state.items() if (m := table.fullmatch(name))}
+    numbers = sorted({stage for stage, _ in tables})
+    if numbers != list(range(len(numbers))):
+        return None
     try:
         patch, hidden = state["patch_embed.proj.weight"], state["layers.0.blocks.0.mlp.fc1.weight"]
         heads = tuple(tables[stage, 0].shape[1] for stage in range(1 + max(stage for stage, _ in tables)))
@@ -78,7 +92,7 @@ def arch_of(state: State) -> str | None:
     if shape := vit_arguments(state):
         return NAME_OF_SHAPE.get((shape["embed_dim"], shape["depth"]))
     shape = swin_arguments(state)
-    return SWIN_OF_SHAPE.get((shape["embed_dim"], shape["depths"])) if shape else None
+    return SWIN_OF_SHAPE.get((shape["embed_dim"], shape["depths"])) if shape else resnet_of(state)
 
 
 GATED = re.compile(r"blocks\.\d+\.mlp\.(w1|gate_proj|fc1_g)\.weight")
@@ -172,7 +186,9 @@ def describe(state: State) -> str:
     }
     if kind := next((kind for prefix, kind in kinds.items() if any(n.startswith(prefix) for n in state)), None):
         return f"{kind} of {len(state)} tensors"
-    names = ", ".join(list(state)[:3]) + ", ..." * (len(state) > 3)
+    if any(name.endswith("flat_param") for name in state):
+        return f"run's shards as FSDP keeps them ({len(state)} flat tensors), which no names tell apart"
+    names = ", ".join(map(shortened, list(state)[:3])) + ", ..." * (len(state) > 3)
     return f"network of unknown names, {len(state)} tensors ({names}); {nearest_layout(state)}"
 
 
@@ -182,7 +198,23 @@ def remedy(state: State) -> str:
         return "take a network without it; of those with a gate only DINOv2's giant is known here"
     if vit_arguments(state) or swin_arguments(state):
         return "nothing here has that shape: pass its --arch"
+    if any(name.endswith("flat_param") for name in state):
+        return "save it with StateDictType.FULL_STATE_DICT"
+    if example := next((example for mark, example in TIMM_ONLY.items() if mark in state), None):
+        return f"of timm --arch timm/{example} and its like load such a file"
     return "pass its --arch if it is a network of timm or torchvision"
+
+
+TIMM_ONLY = {  # a tensor -> of the networks that have it one that timm builds
+    "dist_token": "deit_small_distilled_patch16_224",
+    "blocks.0.attn.relative_position_bias_table": "beit_base_patch16_224",
+    "blocks.0.attn.q_bias": "beit_base_patch16_224",
+    "rel_pos_bias.relative_position_bias_table": "beit_base_patch16_224",
+    "layers.0.blocks.0.attn.cpb_mlp.0.weight": "swinv2_tiny_window8_256",
+    "stem.0.weight": "convnext_tiny",
+    "patch_embed.proj.0.0.weight": "xcit_small_12_p16_224",
+    "blocks_token_only.0.gamma_1": "cait_xxs24_224",
+}
 
 
 def advice(target: State, state: State) -> str:
@@ -200,7 +232,8 @@ def advice(target: State, state: State) -> str:
             tips.append(f"--window_size {swins[1]['window_size']}")
         return f"The file holds a {describe(state)}" + (f": pass {', '.join(tips)}" if tips else "")
     if ours is None or theirs is None:
-        return f"The file holds a {describe(state)}: pass --arch {arch_of(state) or 'that it was trained with'}"
+        name = arch_of(state)
+        return f"The file holds a {describe(state)}: {f'pass --arch {name}' if name else remedy(state)}"
     tips = []
     if any(ours[key] != theirs[key] for key in ("embed_dim", "depth", "mlp_ratio")):
         name = NAME_OF_SHAPE.get((theirs["embed_dim"], theirs["depth"]))

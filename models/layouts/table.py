@@ -10,6 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from models.layouts.libraries import (
+    join_distillation_token,
+    merge_after_stages,
+    rename_hugging_face_swin,
+    rename_torchvision_swin,
+    rename_torchvision_vit,
+)
 from models.layouts.names import (
     NOT_BACKBONE,
     NOT_NEEDED,
@@ -35,7 +42,8 @@ class Contents(NamedTuple):
         return any(name.startswith(prefixes) for name in self.tensors)
 
     def class_tokens(self) -> int:
-        return self.tensors["cls_token"].shape[1] if "cls_token" in self.tensors else 0
+        token = self.tensors.get("cls_token")
+        return token.shape[1] if token is not None and token.ndim == 3 else 0
 
     def is_hugging_face(self, part: str) -> bool:
         in_files, in_memory = f"layer.0.{part}", f"layers.0.{part}"
@@ -79,7 +87,8 @@ def _masks_by_attention(file: dict) -> bool:
 
 RENAMED = (strip_wrappers, rename_tokens_and_scales, name_gates, add_class_position)
 CHUNKED = (strip_wrappers, unchunk_blocks, rename_tokens_and_scales, add_class_position)
-HUGGING = (strip_wrappers, rename_hugging_face, join_layers)
+HUGGING = (strip_wrappers, rename_hugging_face, join_distillation_token, join_layers)
+SWINS = (strip_wrappers, merge_after_stages)
 HIERARCHIES = ("layers.0.", "stage0.0.proj.", "layer1.0.norm_embed.")  # Swin, CvT, Vision Longformer
 MUGS_ONLY, UDI_ONLY = r"relation_blocks\.", r"(attn|norm1)\."  # UDI: the module that mixes views
 
@@ -100,6 +109,12 @@ LAYOUTS = (
     Layout("Hugging Face ViT", None, lambda c: c.is_hugging_face("layernorm_before."), HUGGING, r"pooler\.|decoder\.",
            norm_eps=1e-12),
     Layout("Hugging Face Dinov2", "dinov2", lambda c: c.is_hugging_face("layer_scale1."), HUGGING),
+    Layout("Hugging Face Swin", "swin", lambda c: c.has("embeddings.norm.") and c.has("layers.0.blocks.0.attention."),
+           (strip_wrappers, rename_hugging_face_swin, join_layers)),
+    Layout("torchvision ViT", None, lambda c: c.has("class_token") and c.has("layers.encoder_layer_0."),
+           (strip_wrappers, rename_torchvision_vit)),
+    Layout("torchvision Swin", "swin", lambda c: c.has("features.1.0.attn.relative_position_bias_table"),
+           (strip_wrappers, rename_torchvision_swin)),
     Layout("UDI network", "udi", lambda c: c.was_held_in("backbone.backbone.cls_token"), not_needed=UDI_ONLY),
     Layout("UDI backbone", "udi", lambda c: c.class_tokens() > 1),
     Layout("Mugs backbone", "mugs", lambda c: c.has("relation_blocks."), not_needed=MUGS_ONLY),
@@ -111,14 +126,15 @@ LAYOUTS = (
     Layout("UNIC encoder", "unic", lambda c: c.has("blocks.0.0.") and c.has("cls_token"), CHUNKED),
     Layout("MAE with decoder", "mae", lambda c: c.has("decoder_blocks."), RENAMED),
     Layout("fine-tuned MAE", "mae", lambda c: "model" in c.file and c.has("fc_norm."), RENAMED),
-    Layout("supervised Swin", "swin", lambda c: "model" in c.file and c.has(*HIERARCHIES)),
+    Layout("supervised Swin", "swin", lambda c: "model" in c.file and c.has(*HIERARCHIES), SWINS),
     Layout("DeiT", "deit", lambda c: "model" in c.file and c.has("head.", "head_dist."), RENAMED),
     Layout("MAE", "mae", lambda c: "model" in c.file, RENAMED),
     Layout("CLIP", "clip", lambda c: c.has("visual."), norm_eps=1e-5),  # its names: models/layouts/clip.py
+    Layout("timm Swin", "swin", lambda c: c.has("layers.3.downsample.") and c.has("layers.0.blocks.0."), SWINS),
     Layout("timm", None, lambda c: c.has("reg_token", "blocks.0.ls1.", "fc_norm.", "norm_pre.", "head."), RENAMED),
     Layout("iBOT backbone", "ibot", lambda c: "masked_embed" in c.tensors),
     Layout("backbone under state_dict (iBOT, AttMask)", None, lambda c: list(c.file) == ["state_dict"]),
-    Layout("Swin, CvT or Vision Longformer", None, lambda c: c.has(*HIERARCHIES)),
+    Layout("Swin, CvT or Vision Longformer", None, lambda c: c.has(*HIERARCHIES), SWINS),
     Layout("backbone only", None, lambda c: c.has("cls_token", "conv1.", "patch_embed."), RENAMED),
     Layout("unknown layout", None, lambda c: True, RENAMED),
 )

@@ -14,6 +14,7 @@ from models.layouts.shapes import vit_arguments
 from models.reading import read_backbone
 from models.safe_load import CheckpointError
 from models.vit import Variant, VisionTransformer
+from utils import UsageError
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
 SIZES |= {"image_size": 32, "patch_size": 8}
@@ -164,13 +165,16 @@ def test_what_a_configuration_beside_the_file_says_is_kept(tmp_path):
     write(layer_norm_eps=1e-6, num_attention_heads=4, hidden_act="gelu")
     assert "norm_eps" not in network_from_file(path).arguments
     for config, words in (
-        ({"num_attention_heads": 8}, "8 heads of attention, vit_micro has 4"),
-        ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
+        ({"num_attention_heads": 7}, "--num_heads 7: does not divide the width 128"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"layer_norm_eps": "much"}, r"config\.json: cannot be read"),
     ):
         write(**config)
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(UsageError, match=words):
             network_from_file(path)
+    write(num_attention_heads=8, hidden_act="quick_gelu")
+    network = network_from_file(path)
+    assert network.arguments["num_heads"] == 8 and network.arguments["variant"] == Variant(mlp="quick_gelu")
     (tmp_path / "config.json").write_text("[1")
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         network_from_file(path)

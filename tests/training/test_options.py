@@ -22,7 +22,7 @@ SHARED = """
     compile config data_path dataset deterministic device devices dist_url drop_path_rate dry_run epochs exif
     grad_checkpointing init_from init_progress knn_data knn_every
     knn_per_class knn_temperature load_from local_rank lr max_bad_images max_image_pixels max_skipped method min_lr
-    n_last_blocks nb_knn num_workers
+    n_last_blocks nb_knn num_workers refresh_index
     optimizer output_dir patch_size precision print_freq replay sampler save_every_minutes saveckp_freq seed split
     subset tsv_mode use_cuda
     use_fp16 warmup_epochs weight_decay weight_decay_end window_size zip_mode
