@@ -90,19 +90,21 @@ def list_shards(path: Path, inner: str = "") -> Index:
     where = f"--data_path {escape(path / inner)}"
     watched, stamps, shards, passed = _shards(path)
     root = path if os.path.isdir(path) else path.parent
-    images, labels, families = [], {}, {}
+    images, labels, families, opened = [], {}, {}, []
     for position in shards:
         stamps.append(stamp_of_file(root / watched[position])[0])
         families[position] = "" if is_archive(path.name) else _family(watched[position])
         family = families[position]
         if inner and family and not f"{inner}/".startswith(f"{family}/"):
             continue
+        opened.append(watched[position])
         found, found_labels = _members(root / watched[position], position, where, passed)
         images += [image for image in found if not inner or _below(image, family, inner)]
         labels |= {(position, key): label for key, label in found_labels.items()}
     if not images:
-        names = [watched[position] for position in shards]
-        holds = f"looked into {shown(names)}" + "".join(f"; {note}" for note in passed.notes(path))
+        if not opened:
+            raise UsageError(f"{where}: no such path, and no archive in {escape(path)} is named so before its number")
+        holds = f"looked into {shown(opened)}" + "".join(f"; {note}" for note in passed.notes(path))
         raise UsageError(f"{where}: no images in these archives; {holds}")
     images, numbers, class_names = _with_labels(images, labels, families)
     return Index(

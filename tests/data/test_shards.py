@@ -74,7 +74,10 @@ def test_splits_are_told_by_folders_by_the_names_of_shards_and_within_archives(t
         assert (
             len(open_training(str(tmp_path / root))) == 4 and len(open_training(str(tmp_path / root), split="all")) == 6
         )
-    assert "there/none" in error(str(tmp_path / "flat" / "there" / "none"))
+    assert "there/none: no such path, and no archive in" in error(str(tmp_path / "flat" / "there" / "none"))
+    assert "set-val/c7: no images in these archives; looked into set-val-0000.tar" in error(
+        str(tmp_path / "flat" / "set-val" / "c7")
+    )
 
 
 def test_hidden_names_links_and_earlier_entries_of_a_name_are_passed_over(tmp_path, caplog):
