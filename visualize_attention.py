@@ -20,8 +20,9 @@ import torch
 from torchvision import transforms
 
 from data.bundled import photograph_paths
-from data.datasets import EXTENSIONS, read_regular
+from data.datasets import EXTENSIONS
 from data.decode import PLAIN, BadImage, Reading, add_reading_arguments, decode_pil, reading_from
+from data.encoded import read_regular
 from data.listing import is_hidden
 from data.pictures import save_picture, was_written_here
 from data.preprocess import MEAN, STD, to_pixels
