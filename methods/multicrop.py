@@ -13,8 +13,9 @@ from models.vit import group_by_size
 from utils import UsageError
 
 
-def add_crop_arguments(parser: argparse._ArgumentGroup, several: bool = False) -> None:
-    """``several``: there may be local crops of several sizes, so their numbers and sizes are lists (EsViT)."""
+def add_crop_arguments(parser: argparse._ArgumentGroup, several: bool = False, also: Sequence[str] = ()) -> None:
+    """``several``: there may be local crops of several sizes, so their numbers and sizes are lists (EsViT). ``also``:
+    further names of the option that says their size."""
     add = parser.add_argument
     many = {"nargs": "+"} if several else {}
     number, size = ([8], [96]) if several else (8, 96)
@@ -29,7 +30,7 @@ def add_crop_arguments(parser: argparse._ArgumentGroup, several: bool = False) -
     )
     add("--local_crops_scale", default=(0.05, 0.4), type=float, nargs=2, help="area share of the local crops")
     add("--global_crops_size", default=224, type=int, help="pixels")
-    add("--local_crops_size", default=size, type=int, help=f"pixels{every}", **many)
+    add("--local_crops_size", *also, default=size, type=int, help=f"pixels{every}", **many)
 
 
 def local_crops(args: argparse.Namespace) -> list[tuple[int, int]]:
