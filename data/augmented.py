@@ -10,6 +10,7 @@ The pixels are Pillow's to the bit (``carry_out`` of data/randaugment.py on the 
 tests/data/test_augmented.py holds them.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import cv2
@@ -70,8 +71,8 @@ class Flipped:
 class Changed:
     """``source`` after ``operation``."""
 
-    def __init__(self, source: "Original | Flipped | Changed", operation: Operation):
-        self.source, self.operation = source, operation
+    def __init__(self, source: "Original | Flipped | Changed", operation: Operation, fill: tuple[int, int, int] = FILL):
+        self.source, self.operation, self.fill = source, operation, fill
         self.size = source.size
         self.name = plain_name(operation.name)
 
@@ -132,21 +133,23 @@ class Changed:
             y = np.array([box.top, box.top + box.height])
             reach = reached(a * x + b * y + c, d * x + e * y + f, self.size)
             if reach is None:
-                return np.full((box.height, box.width, 3), FILL, np.uint8)
+                return np.full((box.height, box.width, 3), self.fill, np.uint8)
         c += a * box.left + b * box.top - reach.left
         f += d * box.left + e * box.top - reach.top
         part = Image.fromarray(np.ascontiguousarray(self.source.pixels(reach)))
         resample = Image.Resampling[self.operation.interpolation.upper()]
         size = (box.width, box.height)
-        moved = part.transform(size, Image.Transform.AFFINE, (a, b, c, d, e, f), resample, fillcolor=FILL)
+        moved = part.transform(size, Image.Transform.AFFINE, (a, b, c, d, e, f), resample, fillcolor=self.fill)
         top, left = cut.top - box.top, cut.left - box.left
         return np.asarray(moved)[top : top + cut.height, left : left + cut.width]
 
 
-def changed(image: Original | Flipped, operations: list[Operation]) -> Original | Flipped | Changed:
+def changed(
+    image: Original | Flipped, operations: Sequence[Operation], fill: tuple[int, int, int] = FILL
+) -> Original | Flipped | Changed:
     """``image`` after all operations, in their order."""
     for operation in operations:
-        image = Changed(image, operation)
+        image = Changed(image, operation, fill)
     return image
 
 

@@ -94,12 +94,11 @@ class MugsViews:
         """
         made = self.fast_crops(image, key) if self.augment == "fast" else self.pil_crops(image, key)
         kinds, crops, erased = zip(*made, strict=True)
-        strong = [kind in self.strong for kind in kinds]
         erased = [part and part._replace(values=self.normalised(part.values)) for part in erased]
         return {
             "crops": list(crops),
-            "weak": not strong[TEACHER_CROPS],
-            "strong": torch.tensor(strong),
+            "weak": self.is_weak(kinds),
+            "strong": torch.tensor([kind in self.strong for kind in kinds]),
             "erased": erased,
         }
 
@@ -125,6 +124,10 @@ class MugsViews:
 
     def _is_strong(self, uniform: Callable[[], float]) -> bool:
         return self.prob < 1 and uniform() > self.prob
+
+    def is_weak(self, kinds: Sequence[str]) -> bool:
+        """Whether the student's global crops are."""
+        return kinds[TEACHER_CROPS] not in self.strong
 
     def pil_crops(self, image: Image.Image, key: tuple[int, ...]) -> list[Made]:
         """All crops from torch's, NumPy's and ``random``'s generators, seeded with the key."""
