@@ -2,7 +2,8 @@
 
     python benchmarks/bench_data.py                    # 2 x 224 + 10 x 96
     python benchmarks/bench_data.py --local_crops_number 0
-    python benchmarks/bench_data.py --recipe unic      # 1 x 224; pil is the original's floating point pipeline
+    python benchmarks/bench_data.py --method unic      # 1 x 224; pil is the original's floating point pipeline
+    python benchmarks/bench_data.py --method mugs      # 4 x 224 + 10 x 96, and DINO's crops beside them
     python benchmarks/bench_data.py --stored           # the fast path from a folder, tar shards, a mapped zip, TSV
 
 The images are JPEG files of 500 x 375 pixels (ImageNet's usual size), made from the bundled photographs or, without
@@ -33,12 +34,14 @@ from PIL import Image, ImageOps
 from data.datasets import open_source
 from data.decode import decode_array, decode_pil
 from data.encoded import IndexedSource
+from data.mugs_views import MugsViews
 from data.published import Published
 from data.unic_views import UNICViews
 from methods.multicrop import add_crop_arguments, multi_crop_views
 from utils import Parser, UsageError, run_cli
 
 WIDTH, HEIGHT = 500, 375
+GLOBAL_CROPS = {"unic": 1, "mugs": 4, "dino": 2}
 SHARDS = 4
 READINGS = 20  # of every image, so that the processor's clock sees them
 
@@ -48,7 +51,8 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add_crop_arguments(parser)
     parser.set_defaults(local_crops_number=10)
-    add("--recipe", default="multicrop", choices=["multicrop", "unic"], help="unic: one crop of --global_crops_size")
+    help_ = "unic: one crop of --global_crops_size; mugs: its weak and strong crops, in its areas"
+    add("--method", "--recipe", default="dino", choices=["dino", "unic", "mugs"], help=help_)
     add("--images", default=16, type=int, help="different images")
     add("--rounds", default=7, type=int, help="how often each path handles every image")
     add("--quality", default=92, type=int, help="JPEG quality")
@@ -66,22 +70,27 @@ def main() -> None:
     if args.stored:
         compare_forms(args, files)
         return
-    decoders = {"pil": decode_pil, "fast": decode_array}
-    views = {path: make_views(args, path) for path in decoders}
-    decode_seconds, seconds = {"pil": [], "fast": []}, {"pil": [], "fast": []}
+    sides = {"pil": (decode_pil, make_views(args, args.method, "pil"))}
+    sides["fast"] = (decode_array, make_views(args, args.method, "fast"))
+    if args.method == "mugs":
+        sides["dino"] = (decode_array, make_views(args, "dino", "fast"))
+    decode_seconds, seconds = {side: [] for side in sides}, {side: [] for side in sides}
     for round_ in range(args.rounds + 1):
-        for path, decode in decoders.items():
-            decoded, total = measure(files, decode, views[path], round_)
+        for side, (decode, views) in sides.items():
+            decoded, total = measure(files, decode, views, round_)
             if round_:  # the first round warms up
-                decode_seconds[path].append(decoded)
-                seconds[path].append(total)
+                decode_seconds[side].append(decoded)
+                seconds[side].append(total)
     print_table(args, files, seconds, decode_seconds)
 
 
-def make_views(args: argparse.Namespace, path: str) -> Callable:
-    if args.recipe == "unic":
-        return UNICViews(args.global_crops_size, path)
-    return multi_crop_views(argparse.Namespace(**vars(args), augment=path))
+def make_views(args: argparse.Namespace, method: str, augment: str) -> Callable:
+    if method == "unic":
+        return UNICViews(args.global_crops_size, augment)
+    if method == "mugs":
+        sizes = {name: getattr(args, name) for name in ("local_crops_number", "global_crops_size", "local_crops_size")}
+        return MugsViews(**sizes, augment=augment)
+    return multi_crop_views(argparse.Namespace(**vars(args), augment=augment))
 
 
 def measure(files: list[bytes], decode: Callable, views: Callable, round_: int) -> tuple[float, float]:
@@ -96,7 +105,7 @@ def measure(files: list[bytes], decode: Callable, views: Callable, round_: int) 
 
 def compare_forms(args: argparse.Namespace, files: list[bytes]) -> None:
     """Processor seconds per image of reading alone, and of reading, decoding and cropping, form after form."""
-    views = make_views(args, "fast")
+    views = make_views(args, args.method, "fast")
     reading, seconds = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
@@ -179,22 +188,23 @@ def encode(image: Image.Image, quality: int) -> bytes:
 
 
 def print_heading(args: argparse.Namespace, files: list[bytes]) -> None:
-    crops = f"2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size}"
-    crops = f"1 x {args.global_crops_size}, UNIC" if args.recipe == "unic" else crops
+    crops = f"{GLOBAL_CROPS[args.method]} x {args.global_crops_size}"
+    crops += "" if args.method == "unic" else f" + {args.local_crops_number} x {args.local_crops_size}"
     size = sum(map(len, files)) / len(files) / 1000
-    print(f"{crops}, {len(files)} JPEG files of {WIDTH} x {HEIGHT}, {size:.0f} kB each, median of {args.rounds} rounds")
+    stored = f"{len(files)} JPEG files of {WIDTH} x {HEIGHT}, {size:.0f} kB each"
+    print(f"{args.method}, {crops}, {stored}, median of {args.rounds} rounds")
     print(f"{processor()}, one core; Python {platform.python_version()}, torch {torch.__version__}, torchvision "
           f"{torchvision.__version__}, OpenCV {cv2.__version__}, Pillow {PIL.__version__}")  # fmt: skip
 
 
 def print_table(args, files: list[bytes], seconds: dict, decode_seconds: dict) -> None:
     print_heading(args, files)
-    print(f"{'path':6} {'ms/image':>9} {'images/s/core':>14} {'decoding ms':>12} {'decoding share':>15} {'ratio':>6}")
+    print(f"{'':6} {'ms/image':>9} {'images/s/core':>14} {'decoding ms':>12} {'decoding share':>15} {'ratio':>6}")
     slow = statistics.median(seconds["pil"])
-    for path in ("pil", "fast"):
-        total, decoding = statistics.median(seconds[path]), statistics.median(decode_seconds[path])
+    for side in seconds:
+        total, decoding = statistics.median(seconds[side]), statistics.median(decode_seconds[side])
         print(
-            f"{path:6} {total * 1e3:9.2f} {1 / total:14.0f} {decoding * 1e3:12.2f} {decoding / total:14.0%} "
+            f"{side:6} {total * 1e3:9.2f} {1 / total:14.0f} {decoding * 1e3:12.2f} {decoding / total:14.0%} "
             f"{slow / total:6.2f}x"
         )
 

@@ -20,9 +20,9 @@ from PIL import Image
 from data.augment import Box
 from data.randaugment import FILL, Operation, affine_matrix, carry_out, moves_pixels, plain_name
 
-_TABLES = ("Invert", "Posterize", "Solarize", "SolarizeAdd", "Brightness")  # of which one table serves every image
 _LEVELS = np.arange(256)
-_RAMP = Image.fromarray(np.repeat(_LEVELS.astype(np.uint8)[None, :, None], 3, axis=2))
+_RAMP = Image.fromarray(_LEVELS.astype(np.uint8)[None])
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # Pillow's; a thirteenth is never a tie
 _MARGIN = 3  # pixels that bicubic interpolation reads around a place, and one for rounding
 
 
@@ -81,13 +81,13 @@ class Changed:
             top, left, height, width = box
             return self.whole[top : top + height, left : left + width]
         if self.table is not None:
-            return cv2.LUT(self.source.pixels(box), self.table)
+            table = self.table.astype(np.uint8, order="C")
+            return cv2.LUT(self.source.pixels(box), table if table.ndim == 1 else table[None])
         if moves_pixels(self.name):
             return self._moved(box)
-        reach = grown(box, 1 if self.name == "Sharpness" else 0, self.size)
-        changed = carry_out(Image.fromarray(np.ascontiguousarray(self.source.pixels(reach))), self.operation)
-        top, left = box.top - reach.top, box.left - reach.left
-        return np.asarray(changed)[top : top + box.height, left : left + box.width]
+        if self.name == "Sharpness":
+            return self._sharpened(box)
+        return np.asarray(carry_out(Image.fromarray(np.ascontiguousarray(self.source.pixels(box))), self.operation))
 
     @cached_property
     def whole(self) -> np.ndarray:
@@ -95,27 +95,47 @@ class Changed:
 
     @cached_property
     def table(self) -> np.ndarray | None:
-        """(1, 256, 3) levels of every level and channel; None where more than a pixel's own level counts."""
-        if self.name in _TABLES:
-            return np.asarray(carry_out(_RAMP, self.operation))
-        if self.name == "Contrast":
-            mean = Image.new("RGB", _RAMP.size, (self.source.luma,) * 3)
-            return np.asarray(Image.blend(mean, _RAMP, self.operation.argument))
-        if self.name in ("AutoContrast", "Equalize"):
-            to_table = autocontrast_table if self.name == "AutoContrast" else equalize_table
-            return np.stack([to_table(counts) for counts in self.source.histogram], axis=-1)[None].astype(np.uint8)
+        """The level that replaces every level, (256,), or every level of a channel, (256, 3); None where more than a
+        pixel's own level counts."""
+        value = self.operation.argument
+        match self.name:
+            case "Invert":
+                return 255 - _LEVELS
+            case "Posterize":
+                return _LEVELS & (256 - 2 ** (8 - int(value)))
+            case "Solarize":
+                return np.where(value > _LEVELS, _LEVELS, 255 - _LEVELS)
+            case "SolarizeAdd":
+                return np.where(_LEVELS < 128, np.minimum(255, _LEVELS + int(value)), _LEVELS)
+            case "Brightness" | "Contrast":
+                grey = self.source.luma if self.name == "Contrast" else 0
+                return np.asarray(Image.blend(Image.new("L", _RAMP.size, grey), _RAMP, value))[0]
+            case "AutoContrast" | "Equalize":
+                to_table = autocontrast_table if self.name == "AutoContrast" else equalize_table
+                return np.stack([to_table(counts) for counts in self.source.histogram], axis=-1)
         return None
 
     @cached_property
     def histogram(self) -> np.ndarray:
         if self.table is None:
             return histogram_of(self.whole)
-        before = zip(self.table[0].T, self.source.histogram, strict=True)
-        return np.stack([np.bincount(levels, counts, 256) for levels, counts in before]).astype(np.int64)
+        pairs = zip(np.broadcast_to(self.table.T, (3, 256)), self.source.histogram, strict=True)
+        return np.stack([np.bincount(table, counts, 256) for table, counts in pairs]).astype(int)
 
     @cached_property
     def luma(self) -> int:
         return luma_of(self.whole)
+
+    def _sharpened(self, box: Box) -> np.ndarray:
+        """The box further from what smoothing makes of it, or nearer. Smoothing leaves the image's own rim alone."""
+        reach = grown(box, 1, self.size)
+        part = self.source.pixels(reach)
+        smooth = cv2.filter2D(part, -1, _SMOOTH)
+        smooth[[0, -1]], smooth[:, [0, -1]] = part[[0, -1]], part[:, [0, -1]]
+        top, left = box.top - reach.top, box.left - reach.left
+        cut = (slice(top, top + box.height), slice(left, left + box.width))
+        pair = (Image.fromarray(np.ascontiguousarray(pixels[cut])) for pixels in (smooth, part))
+        return np.asarray(Image.blend(*pair, self.operation.argument))
 
     def _moved(self, box: Box) -> np.ndarray:
         """The box by an affine map, from the part of the source that it looks at.
@@ -173,7 +193,10 @@ def is_round(argument: float) -> bool:
 
 def histogram_of(image: np.ndarray) -> np.ndarray:
     """(height, width, 3) uint8 -> (3, 256)."""
-    return np.array(Image.fromarray(image).histogram()).reshape(3, 256)
+    if image.shape[0] * image.shape[1] > 2**24:  # OpenCV counts in float32
+        return np.array(Image.fromarray(image).histogram()).reshape(3, 256)
+    counts = [cv2.calcHist([image], [channel], None, [256], [0, 256]) for channel in range(3)]
+    return np.reshape(counts, (3, 256)).astype(int)
 
 
 def luma_of(image: np.ndarray) -> int:

@@ -12,22 +12,31 @@ from data.preprocess import to_pixels
 from utils import UsageError
 
 MARK = b"tEXtSoftware\0Tutelage"  # near the beginning of every picture that was written here
-HIDDEN = np.array([214, 39, 140])  # over what the student does not see
+HIDDEN = np.array([214, 39, 140])  # over what the student does not see, and around what is marked
 OPACITY = 0.75
+FRAME = 4  # pixels
 
 
 def crops_grid(
-    crops: list[torch.Tensor], masks: Sequence[np.ndarray] = (), images: int = 8, gap: int = 4
+    crops: list[torch.Tensor],
+    masks: Sequence[np.ndarray] = (),
+    images: int = 8,
+    gap: int = 4,
+    framed: torch.Tensor | None = None,
 ) -> np.ndarray:
     """Normalised crops of (batch, 3, height, width) -> uint8 (height, width, 3); a row per image, a column per crop.
 
-    ``masks``: (batch, rows, columns) bool for each of the first crops.
+    ``masks``: (batch, rows, columns) bool for each of the first crops. ``framed``: which get a frame, (batch, crops).
     """
     columns = [to_pixels(crop[:images]) for crop in crops]
     for column, mask in zip(columns, masks, strict=False):
         cell = column.shape[1] // mask.shape[1]
         hidden = mask[:images].repeat(cell, axis=1).repeat(cell, axis=2)
         column[hidden] = (OPACITY * HIDDEN + (1 - OPACITY) * column[hidden]).astype(np.uint8)
+    for column, chosen in zip(columns, framed[:images].T.cpu().numpy() if framed is not None else (), strict=False):
+        inside = np.zeros(column.shape[1:3], bool)
+        inside[FRAME:-FRAME, FRAME:-FRAME] = True
+        column[chosen[:, None, None] & ~inside] = HIDDEN
     return sheet(list(zip(*columns, strict=True)), gap)
 
 
