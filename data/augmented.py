@@ -20,6 +20,7 @@ from PIL import Image
 from data.augment import Box
 from data.randaugment import FILL, Operation, affine_matrix, carry_out, moves_pixels, plain_name
 
+COUNTED_IN_FLOATS = 2**24  # pixels, until which float32, OpenCV's, counts exactly
 _LEVELS = np.arange(256)
 _RAMP = Image.fromarray(_LEVELS.astype(np.uint8)[None])
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # Pillow's; a thirteenth is never a tie
@@ -193,7 +194,7 @@ def is_round(argument: float) -> bool:
 
 def histogram_of(image: np.ndarray) -> np.ndarray:
     """(height, width, 3) uint8 -> (3, 256)."""
-    if image.shape[0] * image.shape[1] > 2**24:  # OpenCV counts in float32
+    if image.shape[0] * image.shape[1] > COUNTED_IN_FLOATS:
         return np.array(Image.fromarray(image).histogram()).reshape(3, 256)
     counts = [cv2.calcHist([image], [channel], None, [256], [0, 256]) for channel in range(3)]
     return np.reshape(counts, (3, 256)).astype(int)
