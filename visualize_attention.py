@@ -2,14 +2,16 @@
 
     python visualize_attention.py --pretrained_weights checkpoint.pth --image_path photo.jpg --threshold 0.6
     python visualize_attention.py --pretrained_weights checkpoint.pth            on the bundled photographs
+    python visualize_attention.py --pretrained_weights checkpoint.pth --color_heads --image_size 960 960
 
 For every image: ``img.png`` (what the network saw), ``attn-head<j>.png`` for each head, with ``--threshold`` also
 ``mask_th<threshold>_head<j>.png`` (the patches that hold this share of the head's attention), and ``sheet.png``, a
-contact sheet of them. Of two class tokens (UDI) the second has files of its own, ``attn-cls+-head<j>.png`` and
-``mask-cls+_th<threshold>_head<j>.png``, and its own rows below. Several images get a folder each; of those in a folder
-an unreadable one is left out, and the script ends with exit code 1 and its name. What this script wrote is marked as
-such inside the file, so that a folder of images may hold --output_dir. DINO (2104.14294), figures 1 and 3; its script
-of this name.
+contact sheet of them. With ``--color_heads`` also ``heads.png``, every patch in the colour of the head that looks at
+it most (Mugs, 2203.14415), which wants 50 patches a side or more. Of two class tokens (UDI) the second has files of its
+own, ``attn-cls+-head<j>.png``, ``mask-cls+_th<threshold>_head<j>.png`` and ``heads-cls+.png``, and its own rows below.
+Several images get a folder each; of those in a folder an unreadable one is left out, and the script ends with exit code
+1 and its name. What this script wrote is marked as such inside the file, so that a folder of images may hold
+--output_dir. DINO (2104.14294), figures 1 and 3; its script of this name.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from evaluation.attention import (
     bright_colour,
     check_has_attention,
     class_token_names,
+    coloured_heads,
     enlarge,
     heat,
     keep_mass,
@@ -44,6 +47,7 @@ from evaluation.network import add_network_arguments, network_from_options
 from utils import Parser, RunStopped, UsageError, check_writable, escape, init_world, log, make_folder, run_cli
 
 SHOWN = 20  # names of unreadable images
+HEADS_THRESHOLD = 0.6  # share of a head's attention that is painted in its colour
 
 
 def image_files(path: str | None) -> list[Path]:
@@ -94,7 +98,9 @@ def check_resized(image: tuple[int, int], wanted: list[int], name: str, reading:
         )
 
 
-def visualise(model: torch.nn.Module, image: torch.Tensor, folder: Path, threshold: float | None) -> None:
+def visualise(
+    model: torch.nn.Module, image: torch.Tensor, folder: Path, threshold: float | None, color_heads: bool = False
+) -> None:
     """All pictures of one normalised image (3, height, width), written to ``folder``."""
     patch, sheets = model.patch_size, []
     height, width = (size - size % patch for size in image.shape[-2:])
@@ -109,6 +115,9 @@ def visualise(model: torch.nn.Module, image: torch.Tensor, folder: Path, thresho
         masked = [blended(photograph, mask, bright_colour(head)) for head, mask in enumerate(masks)]
         for head, picture in enumerate(masked):
             save_picture(picture, folder / f"mask{mark}_th{threshold}_head{head}.png")
+        if color_heads:
+            picture = coloured_heads(photograph, maps, HEADS_THRESHOLD if threshold is None else threshold)
+            save_picture(picture, folder / f"heads{mark}.png")
         sheets.append(attention_sheet(photograph, maps, masked, name))
     save_picture(np.concatenate(sheets), folder / "sheet.png")
 
@@ -127,7 +136,8 @@ def refuse_to_overwrite(files: list[Path], folders: list[Path]) -> None:
     """Raise UsageError for an image that has the place and the name of a picture that will be written."""
     places = {folder.resolve() for folder in folders}
     for file in files:
-        ours = file.name in ("img.png", "sheet.png") or file.name.startswith(("attn-", "mask-", "mask_"))
+        ours = file.name in ("img.png", "sheet.png", "heads.png")
+        ours = ours or file.name.startswith(("attn-", "mask-", "mask_", "heads-"))
         if ours and file.parent.resolve() in places:
             raise UsageError(
                 f"--output_dir {escape(file.parent)}: {escape(file.name)} is an image to look at; choose another folder"
@@ -155,6 +165,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_reading_arguments(group)
     add = parser.add_argument_group("pictures").add_argument
     add("--threshold", default=None, type=float, help="also show the patches that hold this share of the attention")
+    heads = f"also one picture of all heads, each in a colour, of --threshold (left out: {HEADS_THRESHOLD})"
+    add("--color_heads", action="store_true", help=heads)
     add("--output_dir", default=".", help="where pictures are written")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
     return parser
@@ -183,7 +195,7 @@ def main() -> None:
                 unreadable.append(error)
                 continue
             make_folder(folder)
-            visualise(model, image.to(world.device), folder, args.threshold)
+            visualise(model, image.to(world.device), folder, args.threshold, args.color_heads)
             log.info(f"{escape(file)} -> {escape(folder)}/")
     refuse_unreadable(unreadable, args.image_path, len(files))
 

@@ -64,6 +64,7 @@ def enlarge(maps: torch.Tensor, patch_size: int) -> torch.Tensor:
 GAP, LABEL_HEIGHT = 6, 22  # pixels of a contact sheet
 CELL = 240  # longer side of its pictures
 ROW = 8  # pictures beside each other, at most
+DIM, SHADOW = 0.2, 0.1  # of coloured heads: the least light that is painted, and how much of the image is left
 
 
 def heat(values: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -92,6 +93,35 @@ def bright_colour(number: int) -> tuple[int, int, int]:
     """A saturated colour with a random hue; the same number always has the same one."""
     hue = int(180 * counted_uniforms(0, number))
     return tuple(int(c) for c in cv2.cvtColor(np.uint8([[[hue, 255, 255]]]), cv2.COLOR_HSV2RGB)[0, 0])
+
+
+def head_colours(heads: int) -> np.ndarray:
+    """A colour for every head, hues in equal steps: (heads, 3) uint8."""
+    hues = np.round(np.arange(heads) * 180 / heads).astype(np.uint8)
+    colours = np.stack((hues, np.full_like(hues, 200), np.full_like(hues, 255)), axis=-1)
+    return cv2.cvtColor(colours[None], cv2.COLOR_HSV2RGB)[0]
+
+
+def coloured_heads(image: np.ndarray, maps: torch.Tensor, threshold: float) -> np.ndarray:
+    """What every head looks at, in one picture: a patch has the colour of the head that looks at it most.
+
+    A head looks at the fewest patches that hold ``threshold`` of its attention, and lights them by the root of it,
+    stretched from its least to its most; what stays below DIM of that is left to ``image``, of which a nearly black
+    shadow is seen. ``image`` uint8 (height, width, 3), a multiple of ``maps`` (heads, rows, columns) in size.
+    Source     Mugs (2203.14415), the figure of self-attention
+    """
+    maps = np.nan_to_num(maps.detach().double().cpu().numpy())
+    kept = np.where(keep_mass(torch.from_numpy(maps), threshold).numpy(), maps, -1.0)
+    head = kept.argmax(axis=0)  # (rows, columns); the first of equals
+    low, high = (extreme(axis=(1, 2), keepdims=True) for extreme in (maps.min, maps.max))
+    light = np.sqrt((maps - low) / np.maximum(high - low, 1e-12))
+    light = np.take_along_axis(light, head[None], axis=0)[0] * (kept.max(axis=0) >= 0)
+    light = np.where(light > DIM, light, 0.0)
+    shadow = SHADOW * cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float64)
+    cell = image.shape[0] // maps.shape[1], image.shape[1] // maps.shape[2]
+    light, head = (values.repeat(cell[0], axis=0).repeat(cell[1], axis=1) for values in (light, head))
+    painted = head_colours(len(maps))[head] * light[..., None]
+    return np.round(painted + shadow * (1 - light[..., None])).astype(np.uint8)
 
 
 def overlaid(image: np.ndarray, values: np.ndarray) -> np.ndarray:
