@@ -19,16 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision import transforms
 
-from data.bundled import photograph_paths
-from data.datasets import EXTENSIONS
-from data.decode import PLAIN, BadImage, Reading, add_reading_arguments, decode_pil, reading_from
-from data.encoded import read_regular
-from data.listing import is_hidden
-from data.pictures import save_picture, was_written_here
-from data.preprocess import MEAN, STD, to_pixels
-from data.suffixes import is_image
+from data.decode import BadImage, reading_from
+from data.pictures import save_picture
+from data.preprocess import to_pixels
 from evaluation.attention import (
     attention_maps,
     attention_sheet,
@@ -43,59 +37,11 @@ from evaluation.attention import (
     stretched,
 )
 from evaluation.features import evaluating
+from evaluation.image_files import add_file_arguments, image_files, read_image, refuse_unreadable, result_folders
 from evaluation.network import add_network_arguments, network_from_options
-from utils import Parser, RunStopped, UsageError, check_writable, escape, init_world, log, make_folder, run_cli
+from utils import Parser, UsageError, check_writable, escape, init_world, log, make_folder, run_cli
 
-SHOWN = 20  # names of unreadable images
 HEADS_THRESHOLD = 0.6  # share of a head's attention that is painted in its colour
-
-
-def image_files(path: str | None) -> list[Path]:
-    """The image at ``path``, those below a folder but for what ``save_picture`` wrote, or the bundled photographs."""
-    if path is None:
-        return photograph_paths()
-    place = Path(path)
-    if place.is_file():
-        return [place]
-    named = [f for f in place.rglob("*") if is_image(f.name) and not any(map(is_hidden, f.relative_to(place).parts))]
-    images = [file for file in named if file.is_file() or not file.exists()]  # a link to nowhere is not passed over
-    found = sorted(file for file in images if not was_written_here(file))
-    left_out = f"{len(images) - len(found)} pictures that were made by Tutelage are left out"
-    if not found:
-        what = "no image in this folder" if place.is_dir() else "no such file or folder"
-        what += f" ({left_out})" * (len(images) > 0)
-        raise UsageError(
-            f"--image_path {escape(place)}: {what}; pass an image ({', '.join(EXTENSIONS[:3])}, ...) or a folder"
-        )
-    if len(images) > len(found):
-        log.info(f"{escape(place)}: {left_out}")
-    return found
-
-
-def read_image(path: Path, size: list[int], reading: Reading = PLAIN) -> torch.Tensor:
-    """The normalised image (3, height, width) at ``size`` (height, width), or with its shorter side at one number.
-
-    Raises BadImage.
-    """
-    try:
-        data = read_regular(path, reading.max_bytes)
-    except (OSError, ValueError, MemoryError) as error:
-        raise BadImage(str(path), getattr(error, "strerror", None) or str(error)) from error
-    image = decode_pil(data, str(path), reading)
-    check_resized(image.size, size, str(path), reading)
-    steps = [transforms.Resize(size if len(size) == 2 else size[0]), transforms.ToTensor()]
-    return transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(image)
-
-
-def check_resized(image: tuple[int, int], wanted: list[int], name: str, reading: Reading) -> None:
-    """Raises BadImage for an image (width, height) that would be larger than --max_image_pixels once resized."""
-    width, height = (size * wanted[0] / min(image) for size in image)
-    if len(wanted) == 1 and width * height > reading.max_pixels:
-        raise BadImage(
-            name,
-            f"{image[0]} x {image[1]} pixels would be {width:.0f} x {height:.0f} with --image_size {wanted[0]}, more "
-            f"than --max_image_pixels {reading.max_pixels}; pass --image_size HEIGHT WIDTH",
-        )
 
 
 def visualise(
@@ -122,16 +68,6 @@ def visualise(
     save_picture(np.concatenate(sheets), folder / "sheet.png")
 
 
-def result_folders(files: list[Path], output_dir: str) -> list[Path]:
-    """Where the pictures of every file go: ``output_dir`` itself for one, a folder of its name for each of several."""
-    root = Path(output_dir)
-    if len(files) == 1:
-        return [root]
-    names = [file.stem for file in files]
-    repeated = {name for name in names if names.count(name) > 1}
-    return [root / (f"{number:04d}_{name}" if name in repeated else name) for number, name in enumerate(names)]
-
-
 def refuse_to_overwrite(files: list[Path], folders: list[Path]) -> None:
     """Raise UsageError for an image that has the place and the name of a picture that will be written."""
     places = {folder.resolve() for folder in folders}
@@ -144,25 +80,13 @@ def refuse_to_overwrite(files: list[Path], folders: list[Path]) -> None:
             )
 
 
-def refuse_unreadable(errors: list[BadImage], path: str | None, images: int) -> None:
-    """Raise UsageError where there are any; pictures of the others have been written."""
-    if not errors:
-        return
-    if path is not None and Path(path).is_file():
-        raise UsageError(f"{errors[0].name}: cannot be read as an image ({errors[0].reason}); mend or remove it")
-    names = "; ".join(f"{error.name} ({error.reason})" for error in errors[:SHOWN])
-    names += f"; and {len(errors) - SHOWN} more" * (len(errors) > SHOWN)
-    raise RunStopped(f"{len(errors)} of {images} images cannot be read, mend or remove them: {names}")
-
-
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="visualize_attention.py", description="Pictures of a vision transformer's attention.")
     add_network_arguments(parser.add_argument_group("which network"))
     group = parser.add_argument_group("which images")
+    add_file_arguments(group, "--data_path")
     add = group.add_argument
-    add("--image_path", "--data_path", default=None, help="image, or folder of images; left out: bundled photographs")
     add("--image_size", default=[480, 480], nargs="+", type=int, help="height and width, or one number: shorter side")
-    add_reading_arguments(group)
     add = parser.add_argument_group("pictures").add_argument
     add("--threshold", default=None, type=float, help="also show the patches that hold this share of the attention")
     heads = f"also one picture of all heads, each in a colour, of --threshold (left out: {HEADS_THRESHOLD})"

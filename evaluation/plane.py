@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from evaluation.drawing import INK, PALE, font, shortened, text_width
 from randomness import counted_uniforms
-from utils import UsageError, escape
+from utils import UsageError
 
 LEAST_ITERATIONS = 250  # of early exaggeration; scikit-learn takes no fewer
 NEIGHBOURS = 5
@@ -81,7 +82,7 @@ def purity(points: np.ndarray, labels: np.ndarray, neighbours: int = NEIGHBOURS)
 
 SIDE, MARGIN, LINE = 900, 28, 34  # pixels of a panel, around it, and of a line of text
 FINER = 3  # drawn so many times as large, then reduced
-INK, PALE, FRAME = (45, 45, 45), (120, 120, 120), (205, 205, 205)
+NAME, FRAME = 320, (205, 205, 205)  # pixels of a class's name at most; around a panel
 COLOURS = (
     (31, 119, 180),  # blue
     (255, 127, 14),  # orange
@@ -110,8 +111,8 @@ def plane_picture(
     """Panels of (caption, points (images, 2)) beside each other, points in their classes' colours, and a legend."""
     colours = class_colours(len(class_names))
     columns = min(len(panels), 2) if len(panels) != 3 else 3
-    names = [shortened(name) for name in class_names]
-    legend = max(_text_width(name) for name in names) + 3 * MARGIN
+    names = [shortened(name, 20, NAME) for name in class_names]
+    legend = max(text_width(name, 20) for name in names) + 3 * MARGIN
     rows = -(-len(panels) // columns)
     per_column = (rows * (SIDE + LINE) - MARGIN) // LINE
     legends = -(-len(names) // per_column)
@@ -120,17 +121,17 @@ def plane_picture(
     canvas = Image.new("RGB", (width, height), "white")
     draw, top = ImageDraw.Draw(canvas), MARGIN
     if title:
-        draw.text((MARGIN, top), title, fill=INK, font=_font(24))
+        draw.text((MARGIN, top), title, fill=INK, font=font(24))
         top += LINE + MARGIN // 2
     for number, (caption, points) in enumerate(panels):
         left, upper = MARGIN + number % columns * (SIDE + MARGIN), top + number // columns * (SIDE + LINE + MARGIN)
         canvas.paste(scatter(points, labels, colours), (left, upper))
-        draw.text((left, upper + SIDE + 8), caption, fill=PALE, font=_font(18))
+        draw.text((left, upper + SIDE + 8), caption, fill=PALE, font=font(18))
     left = MARGIN + columns * (SIDE + MARGIN)
     for number, (name, colour) in enumerate(zip(names, colours, strict=True)):
         x, y = left + number // per_column * legend, top + number % per_column * LINE
         canvas.paste(_dot(colour, 9), (x, y + 3))
-        draw.text((x + MARGIN, y), name, fill=INK, font=_font(20))
+        draw.text((x + MARGIN, y), name, fill=INK, font=font(20))
     return np.asarray(canvas)
 
 
@@ -150,21 +151,8 @@ def scatter(points: np.ndarray, labels: np.ndarray, colours: Sequence[tuple[int,
     return canvas.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
-def shortened(name: str, most: int = 28) -> str:
-    name = escape(name)
-    return name if len(name) <= most else name[: most - 1] + "\u2026"
-
-
 def _dot(colour: tuple[int, int, int], radius: int) -> Image.Image:
     side = 2 * radius * FINER
     dot = Image.new("RGB", (side, side), "white")
     ImageDraw.Draw(dot).ellipse((0, 0, side - 1, side - 1), fill=colour)
     return dot.resize((2 * radius,) * 2, Image.Resampling.LANCZOS)
-
-
-def _font(size: int) -> ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def _text_width(text: str, size: int = 20) -> int:
-    return math.ceil(_font(size).getlength(text))

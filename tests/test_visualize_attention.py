@@ -13,11 +13,12 @@ from PIL import Image
 from data.decode import BadImage
 from data.preprocess import to_pixels
 from evaluation.attention import attention_maps, attention_sheet, blended, bright_colour, heat, keep_mass, stretched
+from evaluation.image_files import image_files, read_image, refuse_unreadable
 from models import build_backbone
 from models.vit import VisionTransformer
 from tests.sources import Stripes
 from utils import UsageError, run_cli
-from visualize_attention import image_files, main, read_image, refuse_unreadable
+from visualize_attention import main
 
 COLOUR_MAPS = Path(__file__).parent / "golden" / "eval_core" / "data_colormaps.json"
 
