@@ -12,7 +12,17 @@ from PIL import Image
 
 from data.decode import BadImage
 from data.preprocess import to_pixels
-from evaluation.attention import attention_maps, attention_sheet, blended, bright_colour, heat, keep_mass, stretched
+from evaluation.attention import (
+    attention_maps,
+    attention_sheet,
+    blended,
+    bright_colour,
+    coloured_heads,
+    head_colours,
+    heat,
+    keep_mass,
+    stretched,
+)
 from evaluation.image_files import image_files, read_image, refuse_unreadable
 from models import build_backbone
 from models.vit import VisionTransformer
@@ -95,6 +105,22 @@ def test_colours_are_bright_differ_and_are_the_same_every_time():
     assert all(max(colour) == 255 and min(colour) == 0 for colour in colours)
 
 
+def test_coloured_heads_paint_a_patch_for_the_head_that_looks_at_it_most():
+    maps = torch.full((3, 4, 5), 0.001, dtype=torch.float64)
+    maps[0, 0, 0] = maps[1, 0, 0] = 0.5  # two heads look there alike
+    maps[1, 2, 3], maps[2, 3, 4], maps[2, 3, 3] = 0.4, 0.9, 0.2
+    maps /= maps.sum(dim=(1, 2), keepdim=True)
+    picture = coloured_heads(np.full((32, 40, 3), 200, np.uint8), maps, 0.8)
+    first, second, third = head_colours(3).tolist()
+    assert picture[3, 3].tolist() == first and picture[31, 39].tolist() == third
+    low, high = maps[1].min(), maps[1].max()
+    light = ((maps[1, 2, 3] - low) / (high - low)).sqrt().item()
+    expected = np.array(second) * light + 20 * (1 - light)
+    assert np.abs(picture[20, 30] - expected).max() <= 0.5
+    assert (picture[12, 12] == 20).all()  # a tenth of the image where no head looks
+    assert not coloured_heads(np.zeros((8, 10, 3), np.uint8), torch.full((3, 4, 5), torch.nan), 0.6).any()
+
+
 @pytest.mark.parametrize("heads", [1, 3, 6, 12])
 def test_the_sheet_holds_the_image_the_mean_and_every_head(heads):
     image = Stripes(size=48).array(0)
@@ -169,12 +195,12 @@ def test_of_two_class_tokens_both_are_shown(visualise, tmp_path):
     model = build_backbone("vit_micro", 8, img_size=64, num_class_tokens=2).eval()
     torch.save(model.state_dict(), tmp_path / "two.pth")
     image = photographs(tmp_path / "photos") / "one.jpg"
-    options = ("--image_path", image, "--image_size", 60, 84, "--threshold", 0.6)
+    options = ("--image_path", image, "--image_size", 60, 84, "--threshold", 0.6, "--color_heads")
     code, _, error = visualise("--pretrained_weights", tmp_path / "two.pth", *options)
     assert code == 0, error
     names = {path.name for path in (tmp_path / "out").iterdir()}
     heads = {f"attn{t}-head{h}.png" for t in ("", "-cls+") for h in range(4)}
-    assert names == {"img.png", "sheet.png"} | heads | {
+    assert names == {"img.png", "sheet.png", "heads.png", "heads-cls+.png"} | heads | {
         f"mask{t}_th0.6_head{h}.png" for t in ("", "-cls+") for h in range(4)
     }
     for token, name in enumerate(("attn-head1.png", "attn-cls+-head1.png")):
