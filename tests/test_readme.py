@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 import visualize_attention
+import visualize_neighbours
+import visualize_tsne
 from eval_finetuning import extract_backbone_weights_for_finetuning as extract
 from eval_knn import eval_knn
 from eval_linear import eval_linear
@@ -51,6 +53,8 @@ def test_a_documented_command_parses(document, command):
             extract.get_args_parser().parse_args(argv)
         ),
         "visualize_attention.py": lambda argv: visualize_attention.get_args_parser().parse_args(argv),
+        "visualize_tsne.py": lambda argv: visualize_tsne.get_args_parser().parse_args(argv),
+        "visualize_neighbours.py": lambda argv: visualize_neighbours.get_args_parser().parse_args(argv),
         "models.checkpoints": lambda argv: None,
         "check_parity.py": lambda argv: None,
     }
