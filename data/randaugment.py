@@ -27,14 +27,12 @@ TOP_LEVEL = 10.0
 APPLY = 0.5  # probability of every drawn operation
 TRANSLATE = 100  # pixels of TranslateX and TranslateY at TOP_LEVEL, which no policy's list holds
 
-_COMMON = ("SolarizeAdd", "Color", "Contrast", "Brightness", "Sharpness")
-_MOVES = ("ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
-_PLAIN = ("AutoContrast", "Equalize", "Invert", "Rotate")
-OPERATIONS = (*_PLAIN, "Posterize", "Solarize", *_COMMON, *_MOVES)
-INCREASING = tuple(
-    f"{name}Increasing" if name in ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness") else name
-    for name in OPERATIONS
-)  # the same, where a higher level is a stronger operation
+OPERATIONS = (
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd"),
+    *("Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
+)
+_HAVE_TWO = {"Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness"}
+INCREASING = tuple(name + "Increasing" * (name in _HAVE_TWO) for name in OPERATIONS)  # a higher level is stronger
 WEIGHTS = (0.025, 0.005, 0, 0.3, 0, 0.005, 0.005, 0.025, 0.005, 0.005, 0.025, 0.2, 0.2, 0.1, 0.1)  # "w0", of OPERATIONS
 INTERPOLATIONS = ("bilinear", "bicubic")
 UNIFORMS_PER_OPERATION = 5
@@ -156,8 +154,8 @@ def draw_counted(policy: Policy, uniforms: Sequence[float]) -> list[Operation]:
     left, drawn = list(range(len(policy.operations))), []
     for first in range(0, policy.count * UNIFORMS_PER_OPERATION, UNIFORMS_PER_OPERATION):
         choice, apply, deviation, sign, interpolation = uniforms[first : first + UNIFORMS_PER_OPERATION]
-        weights = [policy.weights[i] if policy.weights else 1.0 for i in left]
-        name = policy.operations[left.pop(_chosen(choice, weights))]
+        weights = policy.weights and [policy.weights[i] for i in left]
+        name = policy.operations[left.pop(_chosen(choice, weights) if weights else int(choice * len(left)))]
         if apply >= APPLY:
             continue
         level = NormalDist(policy.magnitude, policy.std).inv_cdf(deviation + 2**-54) if policy.std else policy.magnitude

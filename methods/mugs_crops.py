@@ -2,7 +2,10 @@
 
 import argparse
 
-from data.mugs_views import MugsViews
+import numpy as np
+
+from data.mugs_views import MugsViews, erase_
+from data.pictures import crops_grid
 from data.randaugment import parse_policy
 from methods.multicrop import add_crop_arguments, check_crop_arguments, crop_settings
 from utils import UsageError, bool_flag
@@ -50,3 +53,10 @@ def mugs_views(args: argparse.Namespace) -> MugsViews:
         vanilla=args.vanilla_weak_augmentation,
         prefetched=args.use_prefetcher,
     )
+
+
+def crops_picture(batch: dict) -> np.ndarray:
+    """The crops of a batch as the networks see them, with what is erased; strong ones are framed."""
+    crops = [crop.clone() for crop in batch["crops"]]
+    erase_(crops, batch["erased"])
+    return crops_grid(crops, framed=batch["strong"])

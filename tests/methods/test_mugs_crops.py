@@ -2,9 +2,14 @@
 
 import argparse
 
+import numpy as np
 import pytest
 
-from methods.mugs_crops import add_mugs_crop_arguments, check_mugs_crop_arguments, mugs_views
+from data.loader import normalise
+from data.mugs_views import MugsViews
+from data.pictures import HIDDEN
+from methods.mugs_crops import add_mugs_crop_arguments, check_mugs_crop_arguments, crops_picture, mugs_views
+from tests.data.helpers import photograph
 from utils import Parser, UsageError
 
 
@@ -55,3 +60,13 @@ def test_what_cannot_work_is_refused_in_one_line(words, said):
 
 def test_no_local_crops_may_have_the_global_size():
     check_mugs_crop_arguments(options("--local_crops_number", "0", "--size_crops", "224"))
+
+
+def test_strong_crops_are_framed_in_the_picture_of_a_batch_and_the_batch_stays_as_it_is():
+    views = MugsViews(local_crops_number=3, global_crops_size=32, local_crops_size=32, erase=0.5)
+    batch = MugsViews.collate([views(photograph(0, 60, 80), (0, 0, index)) for index in range(6)])
+    batch["crops"] = [normalise(crop) for crop in batch["crops"]]
+    before = [crop.clone() for crop in batch["crops"]]
+    corners = crops_picture(batch)[4::36, 4::36][:6, :7]
+    assert np.array_equal((corners == HIDDEN).all(axis=-1), batch["strong"].numpy()) and batch["strong"].any()
+    assert all(crop.equal(same) for crop, same in zip(batch["crops"], before, strict=True))
