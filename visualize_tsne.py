@@ -13,8 +13,9 @@ of it is chance. Needs scikit-learn (requirements-eval.txt). Mugs (2203.14415), 
 from pathlib import Path
 
 from data.chosen import ChosenClasses
-from data.datasets import open_training
+from data.datasets import open_source, training_path
 from data.decode import add_reading_arguments, reading_from
+from data.published import add_dataset_arguments, place_from
 from evaluation.network import add_network_arguments, network_from_options
 from evaluation.plane import check_library
 from evaluation.plane_run import check_options, lay_out
@@ -34,6 +35,7 @@ def get_args_parser() -> Parser:
     add("--resize_size", default=None, type=int, help="shorter side before the crop; left out: crop * 256 / 224")
     add("--batch_size_per_gpu", default=64, type=int, help="images per forward pass")
     add("--num_workers", default=4, type=int, help="processes that decode images")
+    add_dataset_arguments(group)
     add_reading_arguments(group)
     add = parser.add_argument_group("t-SNE").add_argument
     add("--perplexity", default=30.0, type=float, help="about how many neighbours an image has")
@@ -51,7 +53,8 @@ def main() -> None:
     check_options(args)
     check_library()
     world = init_world(args.device)
-    images = ChosenClasses(open_training(args.data_path), args.classes, args.num_per_class).read_as(reading_from(args))
+    images = open_source(training_path(place_from(args)))
+    images = ChosenClasses(images, args.classes, args.num_per_class).read_as(reading_from(args))
     network = network_from_options(args)
     lay_out(args, world, network, images, crop_and_resize(args, network), Path(args.output_dir))
 

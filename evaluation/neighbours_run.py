@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from data.datasets import open_training
-from data.decode import BadImage, Reading, reading_from
+from data.decode import MAX_IMAGE_PIXELS, BadImage, Reading, reading_from
 from data.pictures import save_picture
 from data.preprocess import eval_transform
+from data.published import place_from
 from data.source import Source
 from evaluation.features import evaluating
 from evaluation.image_files import image_files, read_pil, refuse_unreadable
@@ -69,10 +70,11 @@ def check_fits(network: Network, rows: Rows) -> None:
 
 def run_images(rows: Rows, data_path: str | None) -> Source:
     """The images of the run. Raises UsageError when they are others."""
-    arguments = rows.arguments
-    path = data_path or arguments.get("data_path")
-    reading = Reading(bool(arguments.get("exif", False)), arguments.get("max_image_pixels") or Reading().max_pixels)
-    source = open_training(path, arguments.get("subset"), arguments.get("split") or "train").read_as(reading)
+    plain = {"dataset": "", "zip_mode": False, "tsv_mode": False, "split": "train", "subset": None, "data_path": None}
+    plain |= {"exif": False, "max_image_pixels": MAX_IMAGE_PIXELS}
+    options = argparse.Namespace(**plain | rows.arguments)
+    options.data_path = path = data_path or options.data_path
+    source = open_training(place_from(options), options.subset, options.split).read_as(reading_from(options))
     if source.fingerprint != rows.data:
         given = f"--data_path {escape(path)}" if path else "--data_path left out"
         raise UsageError(f"{given}: {source.name} is not what the run was trained on; pass its own --data_path")
