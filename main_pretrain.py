@@ -142,7 +142,7 @@ def forward_backward(run: Run, pieces: Iterator[dict], epoch: int, step: int) ->
         piece = next(pieces)
         batch["waited"] += time.perf_counter() - began
         batch["indices"].append(piece["indices"])
-        batch["bad_images"] += len(piece["bad"])
+        batch["bad_images"] += piece.get("replaced", 0)
         for name, reason in piece["bad"]:
             log.error("unreadable image, replaced by another: %s (%s)", name, reason)
 

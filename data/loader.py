@@ -56,9 +56,10 @@ class TrainLoader:
     ``batch_size``: images per process and step, divided into ``pieces`` equal parts (gradient accumulation). Yields
     dicts: what ``views`` return, stacked over the piece; "indices" (piece,) int64, the images used; "first_sample", the
     position of the piece's first image in the batch of all processes; "bad", a list of (name, reason) of unreadable
-    images. The last len(source) % (batch_size * processes) images of an epoch's order are left out; with ``drop_last``
-    False they are a smaller batch, of which the first processes take as many as ever, the last perhaps none ("indices"
-    is empty, and nothing of ``views`` is there).
+    images; "replaced", how many of its own they are, which counts every image once in an epoch. The last len(source) %
+    (batch_size * processes) images of an epoch's order are left out; with ``drop_last`` False they are a smaller batch,
+    of which the first processes take as many as ever, the last perhaps none ("indices" is empty, and nothing of
+    ``views`` is there).
 
     Raises UsageError when the data set is smaller than a batch, and from the iteration when no image can be read or a
     worker dies; RunStopped when ``stop_requested`` says so and workers hang, so that no step will come to an end.
@@ -206,7 +207,7 @@ class _Pieces(Dataset):
             return self._make(key)
 
     def _make(self, key: PieceKey) -> dict:
-        samples, used, bad = [], [], []
+        samples, used, bad, replaced = [], [], [], 0
         for index in key.indices.tolist():
             image, index_used = self._readable_image(key.epoch, index, bad)
             if image is None:
@@ -214,9 +215,11 @@ class _Pieces(Dataset):
                 return {"error": f"none of {MAX_ATTEMPTS} images could be read; the last one was {name}: {reason}"}
             samples.append(self.views(image, (self.seed, key.epoch, index)))
             used.append(index_used)
+            replaced += index_used != index
         collate = getattr(self.views, "collate", stack)
         views = collate(samples) if samples else {}
-        return {**views, "indices": torch.tensor(used).long(), "first_sample": key.first_sample, "bad": bad}
+        told = {"bad": bad, "replaced": replaced}
+        return {**views, "indices": torch.tensor(used).long(), "first_sample": key.first_sample, **told}
 
     def _readable_image(self, epoch: int, index: int, bad: list) -> tuple:
         """The image and its index, or those of the first replacement that can be read; what cannot goes to ``bad``."""
@@ -273,11 +276,11 @@ def _checked(piece: dict) -> dict:
 def _init_worker(worker: int) -> None:
     """One thread per worker; signals meant for the run (save and stop) are the main process's business."""
     cv2.setNumThreads(0)
-    waiting.watch(get_worker_info().dataset.reading, f"worker {worker}")
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_the_parent_says_so, args=(os.getppid(),), daemon=True).start()
+    waiting.watch(get_worker_info().dataset.reading, f"worker {worker}")  # a thread of it must not hear SIGTERM either
 
 
 def _end_when_the_parent_says_so(parent: int) -> None:

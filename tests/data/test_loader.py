@@ -178,6 +178,13 @@ def test_bad_images_are_replaced_alike_everywhere_and_named(workers):
     assert {reason for _, reason in reported} == {"it is bad"} and all(type(entry) is tuple for entry in reported)
 
 
+def test_an_epoch_counts_every_unreadable_image_once_however_often_it_is_tried():
+    """The replacement may be unreadable too, and is, in its own turn: attempts are more than images."""
+    bad = tuple(range(12))
+    pieces = list(make_loader(Photographs(18, bad), epochs=1, batch_size=3))
+    assert sum(piece["replaced"] for piece in pieces) == 12 < sum(len(piece["bad"]) for piece in pieces)
+
+
 def test_a_replacement_has_other_crops_than_in_its_own_turn():
     all_samples = samples(make_loader(Photographs(18, (2, 5, 11)), epochs=1))
     indices = [index for index, _ in all_samples]

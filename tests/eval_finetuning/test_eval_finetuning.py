@@ -159,8 +159,15 @@ def test_from_scratch_is_said_loudly_and_an_unreadable_image_is_replaced_and_cou
     assert said.endswith("% (unreadable: 1 training image)\n")
 
 
-def test_test_images_are_refused_when_the_epoch_is_saved_and_skipping_them_goes_on(tune, tmp_path):
-    """As if they had been skipped from the start."""
+def test_unreadable_test_images_are_refused_before_anything_is_trained(tune, tmp_path):
+    code, said, error = tune("--finetune", micro(tmp_path), *PLAIN, epochs=1, bad_tests=(5, 20))
+    assert code == 2 and "stripes/5.png: cut off in the middle; stripes/20.png" in error and "Epoch" not in said
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_test_images_are_refused_when_the_epoch_is_saved_and_skipping_them_goes_on(tune, monkeypatch, tmp_path):
+    """As if they had been skipped from the start. They break after the look that comes before training."""
+    monkeypatch.setattr(finetune, "see_test_images", lambda *_: None)
     options = ("--finetune", micro(tmp_path), *PLAIN)
     for epochs, more in ((2, ()), (1, ("--disable_eval_during_finetuning",))):
         out, at_once = f"parts {epochs}", f"whole {epochs}"

@@ -367,11 +367,22 @@ def test_an_unreadable_training_image_is_replaced_and_counted(probe, monkeypatch
     assert code == 0 and read() == {"train": 1, "test": 0} and again.endswith(said.splitlines()[-1] + "\n"), error
 
 
+def test_unreadable_test_images_are_refused_before_anything_is_trained(probe, monkeypatch, tmp_path):
+    breaking(monkeypatch, test=(5, 40))
+    options = ("--pretrained_weights", micro(tmp_path), "--epochs", 1)
+    code, said, error = probe(*options, stripes=False)
+    assert code == 2 and "stripes/5.png: cut off in the middle; stripes/40.png" in error and "Epoch" not in said
+    assert not list(tmp_path.glob("out/*"))
+    code, said, error = probe(*options, "--skip_unreadable", stripes=False)
+    assert code == 0 and said.count("stripes/40.png") == 1 and "(unreadable: 2 test images)" in said, error
+
+
 @pytest.mark.parametrize("val_freq", [1, 3], ids=["first test", "last test"])
 def test_test_images_are_refused_when_the_epoch_is_saved_and_skipping_them_goes_on(
     probe, monkeypatch, tmp_path, val_freq
 ):
-    """As if they had been skipped, or mended, from the start."""
+    """As if they had been skipped, or mended, from the start. They break after the look that comes before training."""
+    monkeypatch.setattr(linear, "see_test_images", lambda *_: None)
     heads = ("--lr", 0.1, 0.4, "--n_last_blocks", 1, "--epochs", 3 if val_freq == 1 else 1)
     options = ("--pretrained_weights", micro(tmp_path), *heads, "--val_freq", val_freq)
     for name, bad, more in (("skipped", (5, 40), ("--skip_unreadable",)), ("mended", (), ())):
