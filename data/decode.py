@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data.depth import GREYS, colour_levels, grey_levels
+from data.quiet import without_remarks
 from data.suffixes import HAS_HEIF
 from utils import bool_flag, escape
 
@@ -86,6 +87,20 @@ def _pixels(text: str) -> int:
     return int(text)
 
 
+def check_resized(size: tuple[int, int], shorter: int, name: str = "", most: int = MAX_IMAGE_PIXELS) -> None:
+    """Raises BadImage for an image (width, height) of more than ``most`` pixels once its shorter side is ``shorter``.
+
+    A line of 1 x 20000 pixels is small until then.
+    """
+    width, height = (round(side * shorter / min(size)) for side in size)
+    if width * height > most:
+        raise BadImage(
+            name,
+            f"{size[0]} x {size[1]} pixels would be {width} x {height} with a shorter side of {shorter}, more than "
+            f"--max_image_pixels {most}",
+        )
+
+
 class BadImage(Exception):
     """An image that cannot be read: ``name`` says which one, ``reason`` why, in one line that may be shown."""
 
@@ -111,7 +126,7 @@ def decode_array(data: bytes, name: str, reading: Reading = PLAIN) -> np.ndarray
         # OpenCV does not tell when the end of a file is missing; Pillow judges those that do not end as they should
         if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and data.endswith(_JPEG_END):
             pixels = None
-            with contextlib.suppress(cv2.error):  # it has limits of its own
+            with contextlib.suppress(cv2.error), without_remarks():  # it has limits of its own
                 pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
             if pixels is not None:
                 pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from data.decode import check_resized
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1], per colour channel
 
 
@@ -15,6 +17,17 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
     pixels = (images.float() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
     return pixels.movedim(-3, -1).cpu().numpy()
+
+
+class _Checked:
+    """The same image, unless it would be too large with this shorter side: then BadImage is raised, without a name."""
+
+    def __init__(self, shorter: int):
+        self.shorter = shorter
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        check_resized(image.size, self.shorter)
+        return image
 
 
 def eval_transform(
@@ -30,6 +43,7 @@ def eval_transform(
     """
     return transforms.Compose(
         [
+            _Checked(resize_size),
             transforms.Resize(resize_size, interpolation=transforms.InterpolationMode(interpolation)),
             transforms.CenterCrop(crop_size),
             transforms.ToTensor(),

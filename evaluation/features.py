@@ -210,7 +210,9 @@ class _Images(Dataset):
         try:
             return index, self.transform(self.source.pil(index))
         except BadImage as error:
-            return Unreadable(index, error.name, error.reason)
+            return Unreadable(index, error.name or self.source.image_name(index), error.reason)
+        except MemoryError:
+            return Unreadable(index, self.source.image_name(index), "it does not fit into memory")
 
 
 def _collate(

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data import datasets, decode
 from data.datasets import BadImage, open_source
 from data.decode import Reading, decode_array, decode_pil
-from tests.data.helpers import encoded, photograph, write_folder, write_list
+from data.preprocess import eval_transform
+from data.quiet import without_remarks
+from evaluation.features import batches
+from tests.data.helpers import encoded, one_process, photograph, write_folder, write_list
 
 # ---- what is passed over --------------------------------------------------------------------------------------------
 
@@ -88,6 +92,30 @@ def test_memory_that_runs_out_makes_an_unreadable_image(monkeypatch, function):
     monkeypatch.setattr(decode, "_decoded", full)
     error = within(5, function, encoded(photograph(0, 24, 32)), "a.png")
     assert (error.name, error.reason) == ("a.png", "it does not fit into memory")
+
+
+def test_a_line_of_pixels_that_resizing_makes_huge_is_an_unreadable_image(tmp_path):
+    write_folder(root := tmp_path / "set", ["a/1.png"])
+    Image.new("L", (1, 20000)).save(root / "a" / "2.png")
+    found = []
+    options = {"batch_size": 2, "num_workers": 0, "device": torch.device("cpu"), "world": one_process()}
+    for indices, _ in batches(open_source(str(root)), eval_transform(480, 548), unreadable=found, **options):
+        assert indices.tolist() == [0]
+    (image,) = found
+    assert image.name == f"{root}/a/2.png" and "1 x 20000 pixels would be 548 x 10960000" in image.reason
+
+
+def test_libjpegs_remarks_are_silenced_and_nothing_else_is(capfd):
+    data = encoded(photograph(0), "JPEG")
+    start = data.index(b"\xff\xda")
+    damaged = data[:start] + b"\0\1\2" + data[start:]
+    os.write(2, b"before\n")
+    for _ in range(2):
+        assert decode_array(damaged, "a.jpg").shape == (90, 120, 3)
+    with without_remarks():
+        os.write(2, b"Corrupt JPEG data: 3 extraneous bytes\nmeanwhile\n")
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "before\nmeanwhile\nafter\n"
 
 
 # ---- what hangs -----------------------------------------------------------------------------------------------------
