@@ -9,7 +9,7 @@ from torchvision import transforms
 
 from data.bundled import photograph_paths
 from data.datasets import EXTENSIONS
-from data.decode import PLAIN, BadImage, Reading, add_reading_arguments, decode_pil
+from data.decode import PLAIN, BadImage, Reading, add_reading_arguments, check_resized, decode_pil
 from data.encoded import read_regular
 from data.listing import is_hidden
 from data.pictures import was_written_here
@@ -55,7 +55,8 @@ def read_image(path: Path, size: list[int], reading: Reading = PLAIN) -> torch.T
     Raises BadImage.
     """
     image = read_pil(path, reading)
-    check_resized(image.size, size, str(path), reading)
+    if len(size) == 1:
+        check_resized(image.size, size[0], str(path), reading.max_pixels)
     steps = [transforms.Resize(size if len(size) == 2 else size[0]), transforms.ToTensor()]
     return transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(image)
 
@@ -67,17 +68,6 @@ def read_pil(path: Path, reading: Reading = PLAIN) -> Image.Image:
     except (OSError, ValueError, MemoryError) as error:
         raise BadImage(str(path), getattr(error, "strerror", None) or str(error)) from error
     return decode_pil(data, str(path), reading)
-
-
-def check_resized(image: tuple[int, int], wanted: list[int], name: str, reading: Reading) -> None:
-    """Raises BadImage for an image (width, height) that would be larger than --max_image_pixels once resized."""
-    width, height = (size * wanted[0] / min(image) for size in image)
-    if len(wanted) == 1 and width * height > reading.max_pixels:
-        raise BadImage(
-            name,
-            f"{image[0]} x {image[1]} pixels would be {width:.0f} x {height:.0f} with --image_size {wanted[0]}, more "
-            f"than --max_image_pixels {reading.max_pixels}; pass --image_size HEIGHT WIDTH",
-        )
 
 
 def refuse_unreadable(errors: list[BadImage], path: str | None, images: int) -> None:
