@@ -3,6 +3,9 @@
 torch's SyncBatchNorm waits for the GPU in every layer (it counts who had rows), and does not run on processors.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,6 +33,26 @@ def batch_norm_of_the_batch(module: nn.Module) -> str | None:
     """Name of the first batch norm below ``module`` that takes its statistics from the batch; None without any."""
     norms = ((name, child) for name, child in module.named_modules() if isinstance(child, _BatchNorm))
     return next((name for name, child in norms if child.training or child.running_mean is None), None)
+
+
+@contextlib.contextmanager
+def statistics_as_they_are(module: nn.Module) -> Iterator[None]:
+    """No batch norm below ``module`` counts what it sees: a batch that is computed again was counted before."""
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0  # without running averages autograd would save fewer tensors than the first time
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
+def recomputing(module: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """Contexts of the two passes through ``module`` of torch's activation checkpointing."""
+    return contextlib.nullcontext(), statistics_as_they_are(module)
 
 
 class BatchNormOverProcesses(_BatchNorm):

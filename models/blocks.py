@@ -16,19 +16,27 @@ import torch.nn.functional as F
 from models.stochastic_depth import Groups, Kept, Selection, scale_samples, select_samples
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v for (batch, heads, tokens, d) tensors.
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """softmax(scale q k^T + bias) v for (batch, heads, tokens, d) tensors; ``scale``: left out, 1 / sqrt(d).
 
     Half precision on a CPU uses the explicit product: the backward of the fused kernel is 2-6x slower there.
     """
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        return attention_weights(q, k, bias) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return attention_weights(q, k, bias, scale) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
-def attention_weights(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d) + bias) -> (batch, heads, queries, tokens)."""
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+def attention_weights(
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None = None, scale: float | None = None
+) -> torch.Tensor:
+    """softmax(scale q k^T + bias) -> (batch, heads, queries, tokens)."""
+    logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
     return (logits if bias is None else logits + bias).softmax(dim=-1)
 
 

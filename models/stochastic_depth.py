@@ -4,7 +4,7 @@ Deep networks with stochastic depth (1603.09382) drops every sample by itself; D
 a batch. What is decided on the host goes to a device in one copy for all blocks, and no device is waited for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -102,3 +102,34 @@ def scale_samples(kept: torch.Tensor, out_groups: Groups, scale: float, dtype: t
     scales = (kept.to(dtype) * scale).split([samples for samples, _ in out_groups])
     rows = [scale[:, None].expand(-1, tokens).flatten() for scale, (_, tokens) in zip(scales, out_groups, strict=True)]
     return torch.cat(rows)[:, None]
+
+
+# ---- of tensors (samples, ...), one image size at a time -------------------------------------------------------------
+
+
+def sample_drop(
+    kept: np.ndarray | torch.Tensor, scale: float, x: torch.Tensor, skip: bool = True
+) -> Selection | torch.Tensor:
+    """``kept`` (samples,) bool -> what ``add_branch`` takes for ``x`` (samples, ...).
+
+    ``skip``: whether a branch may be computed for the kept samples alone, where ``kept`` is on the host. A branch with
+    batch norm may not: its statistics are those of all samples.
+    """
+    samples = [(x.shape[0], 1)]
+    # a branch on no samples at all would leave tables that the batch shares without a gradient
+    if skip and isinstance(kept, np.ndarray) and kept.any():
+        return select_samples(kept, samples, samples, scale, x.device)
+    scales = scale_samples(torch.as_tensor(kept), samples, scale, x.dtype)
+    return scales.view(-1, *[1] * (x.ndim - 1))
+
+
+def add_branch(
+    x: torch.Tensor, drop: Selection | torch.Tensor | None, branch: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """x + branch(x), of which ``drop`` drops samples."""
+    if drop is None:
+        return x + branch(x)
+    if isinstance(drop, torch.Tensor):
+        return x + drop * branch(x)
+    y = branch(x.index_select(0, drop.rows))
+    return x.index_add(0, drop.out_rows, y.to(x.dtype), alpha=drop.scale)
