@@ -1,17 +1,20 @@
 """Backbones. ``build_backbone`` is the door: every other room asks it for a network by name.
 
 What other rooms have to know of a kind of networks stands in its row of FAMILIES, and nowhere else; so a further kind
-is a row, and the file of its networks. What the libraries bring has no row: LIBRARY answers for it.
+is a row, and the file of its networks. What timm brings has no row: LIBRARY answers for it.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch.nn as nn
 
-from models import library, swin, vit
+from models import cvt, library, swin, vil, vit
+from models.layouts.libraries import RESNETS, resnet_of
 from models.layouts.names import State
 from models.layouts.shapes import swin_arguments, vit_arguments
+from models.layouts.stages import cvt_arguments, vil_arguments
 from utils import UsageError
 
 IMAGE_SIZE = 224  # at which positions and windows are laid out, unless a file says otherwise
@@ -32,6 +35,22 @@ def whole_patches(option: str, size: int, arguments: Mapping[str, int]) -> None:
         raise UsageError(f"--patch_size {patch} does not divide {option} {size}; nearest {near} or {near + patch}")
 
 
+def whole_windows(option: str, size: int, arguments: Mapping[str, int]) -> None:
+    """Raises UsageError for images of which a CvT has no map, or none that the windows of its relative bias fit."""
+    smallest = cvt.smallest_side(windows=bool(arguments["rel_pos_embed"]))
+    if size < smallest:
+        what = "with a relative bias (--rel_pos_embed) " if arguments["rel_pos_embed"] else ""
+        raise UsageError(f"{option} {size}: a CvT {what}takes images from {smallest} pixels on")
+
+
+def whole_chunks(option: str, size: int, arguments: Mapping[str, int]) -> None:
+    """Raises UsageError for images that a ViL's patches do not cover, or of which its last stage has no token."""
+    stages = vil.stages_of(vil.DEFAULT, arguments["vil_arch"])
+    whole_patches(option, size, {"patch_size": stages[0].patch})
+    if size < vil.token_pixels(stages):
+        raise UsageError(f"{option} {size}: a ViL takes images from {vil.token_pixels(stages)} pixels on")
+
+
 def any_patch(arguments: Mapping[str, int]) -> None:
     """There are no patches to be wrong."""
 
@@ -47,6 +66,13 @@ def positions_fit(arguments: Mapping[str, int]) -> None:
         )
 
 
+def known_mode(arguments: Mapping[str, int]) -> None:
+    """Raises UsageError for what no ViL does, and for an architecture's string that says no network."""
+    if arguments["vil_mode"] not in (-1, 0, 1):
+        raise UsageError(f"--vil_mode {arguments['vil_mode']}: 0 (all chunks around), 1 (one of them) or -1 (none)")
+    vil.stages_of(vil.DEFAULT, arguments["vil_arch"])
+
+
 def patches_of_four(arguments: Mapping[str, int]) -> None:
     """Raises UsageError for patches that no Swin has: masks and merging count on those of 4 pixels."""
     patch, wanted = arguments["patch_size"], swin.PATCH_SIZE
@@ -60,7 +86,8 @@ class Family:
 
     name: str
     networks: Mapping[str, Callable[..., nn.Module]] = field(default_factory=dict)  # --arch -> constructor
-    options: Mapping[str, int] = field(default_factory=dict)  # that a constructor reads -> what they are if left out
+    # that a constructor reads -> what they are if left out
+    options: Mapping[str, int | str | None] = field(default_factory=dict)
     check_patch: Callable[[Mapping[str, int]], None] = any_patch
     check_size: Callable[[str, int, Mapping[str, int]], None] = any_size  # of images that an option asks for
     pixels_per_token: Callable[[Mapping[str, int]], int] | None = None  # of the tokens of the last block; None: unknown
@@ -73,6 +100,12 @@ class Family:
         """The options among ``given``, and those left out."""
         found = {name: given.get(name) for name in self.options}
         return {name: self.options[name] if value is None else value for name, value in found.items()}
+
+
+def _resnet(arch: str, drop_path_rate: float) -> nn.Module:
+    from models import resnet  # torchvision takes a second to import
+
+    return resnet.build(arch, drop_path_rate)
 
 
 VIT = Family(
@@ -105,8 +138,32 @@ SWIN = Family(
     hides_patches=True,
     shapes=swin_arguments,
 )
-FAMILIES = (VIT, SWIN)
-LIBRARY = Family(name="library")  # torchvision's and timm's: they read no option of ours, and pool to a vector
+CVT = Family(
+    name="cvt",
+    networks={name: getattr(cvt, name) for name in ("cvt_tiny", "cvt_small")},
+    options={"rel_pos_embed": False},
+    check_size=whole_windows,
+    pixels_per_token=lambda arguments: cvt.TOKEN_PIXELS,
+    shapes=cvt_arguments,
+    from_file=("rel_pos_embed",),
+)
+VIL = Family(
+    name="vil",
+    networks=vil.NETWORKS,
+    options={"vil_arch": None, "vil_mode": 0},
+    check_patch=known_mode,
+    check_size=whole_chunks,
+    pixels_per_token=lambda arguments: vil.token_pixels(vil.stages_of(vil.DEFAULT, arguments["vil_arch"])),
+    shapes=vil_arguments,
+    from_file=("vil_arch", "img_size"),
+)
+RESNET = Family(
+    name="resnet",
+    networks={name: functools.partial(_resnet, name) for name in RESNETS.values()},
+    shapes=lambda state: {"arch": name} if (name := resnet_of(state)) else None,
+)
+FAMILIES = (VIT, SWIN, CVT, VIL, RESNET)
+LIBRARY = Family(name="library")  # timm's: they read no option of ours, and pool to a vector
 
 
 def family_of(arch: str) -> Family:
@@ -126,7 +183,7 @@ def our_names() -> list[str]:
 
 def backbone_names() -> list[str]:
     """Names that ``build_backbone`` takes, besides ``timm/<name>``."""
-    return [*our_names(), *ALIASES, *library.torchvision_names()]
+    return [*our_names(), *ALIASES]
 
 
 def unread_options(arch: str) -> set[str]:
@@ -137,7 +194,7 @@ def unread_options(arch: str) -> set[str]:
 def build_backbone(arch: str, patch_size: int | None = None, drop_path_rate: float = 0.0, **kwargs) -> nn.Module:
     """A network without classifier: images (batch, 3, height, width) -> features (batch, ``embed_dim``).
 
-    ``arch``: a name of one of our families, a torchvision classifier, or ``timm/<name>``. ``patch_size`` (left out:
+    ``arch``: a name of one of our families, or ``timm/<name>``. ``patch_size`` (left out:
     the family's) and further arguments concern our networks only. Raises UsageError for an unknown name.
     """
     family = family_of(arch)

@@ -21,10 +21,9 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from models import ALIASES, FAMILIES, VIT, backbone_names, build_backbone, family_of
+from models import ALIASES, FAMILIES, VIL, VIT, backbone_names, build_backbone, family_of
 from models.blocks import ACTIVATIONS, Mlp
 from models.layouts.checks import unusable
-from models.layouts.libraries import resnet_of
 from models.layouts.names import NOT_NEEDED, State, grouped, plain_names, to_timm
 from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, gated_mlp, remedy, vit_arguments
 from models.reading import Info, read_backbone
@@ -228,8 +227,8 @@ def choose_architecture(
     if arch is None and any(f.shapes(state) for f in FAMILIES) and not str(recorded).startswith("timm/"):
         arch, others = arch_of(state), _unnamed(state, num_heads or recorded_heads(info))
         arch = others.pop("arch", arch)
-    elif arch is None and (name := resnet_of(state)) and not isinstance(recorded, str):
-        arch = name
+        if arch is None and VIL.shapes(state) and recorded in VIL.networks:  # built as the file's string says
+            arch = recorded
     elif arch is None and isinstance(recorded, str):
         if recorded not in backbone_names() and not recorded.startswith("timm/"):
             raise CheckpointError(
@@ -248,8 +247,10 @@ def choose_architecture(
     asked = {"patch_size": patch_size, "window_size": window_size}
     arguments = family.arguments(shape | {name: value for name, value in asked.items() if value is not None})
     arguments |= {name: shape[name] for name in family.from_file if shape}
-    if "img_size" in arguments:  # as many positions as the file has, whatever patches are asked for
+    if family is VIT and shape:  # as many positions as the file has, whatever patches are asked for
         arguments["img_size"] = shape["img_size"] // shape["patch_size"] * arguments["patch_size"]
+    if family is VIL and info.arguments.get("vil_mode") == -1:  # the others are the same where nothing is trained
+        arguments["vil_mode"] = -1
     if family is VIT:  # what no tensor shows
         if info.norm_eps != 1e-6:
             arguments["norm_eps"] = info.norm_eps

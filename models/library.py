@@ -1,4 +1,4 @@
-"""Backbones that well-kept libraries bring: torchvision's ResNets and every timm model that pools to a vector.
+"""Backbones that a well-kept library brings: every timm model that pools to a vector.
 
 Their stochastic depth and dropout draw from torch's global generator; the training loop reseeds it at every step.
 """
@@ -10,28 +10,10 @@ from utils import UsageError, nearest
 
 
 def build(arch: str, drop_path_rate: float, valid: list[str]) -> nn.Module:
-    """``timm/<name>``, or one of torchvision's; ``valid``: the names to choose the nearest from."""
-    if arch.startswith("timm/"):
-        return timm_backbone(arch.removeprefix("timm/"), drop_path_rate)
-    return torchvision_backbone(arch, valid)
-
-
-def torchvision_names() -> list[str]:
-    from torchvision import models
-
-    return [name for name in models.list_models(module=models) if name.startswith(("resnet", "resnext", "wide_resnet"))]
-
-
-def torchvision_backbone(arch: str, valid: list[str]) -> nn.Module:
-    """A torchvision ResNet whose classifier is replaced by the identity, as DINO does it."""
-    if arch not in torchvision_names():
+    """``timm/<name>``; ``valid``: the names to choose the nearest from."""
+    if not arch.startswith("timm/"):
         raise UsageError(f"--arch {arch}: unknown architecture{nearest(arch, valid)} (or timm/<name> for a timm model)")
-    from torchvision import models
-
-    model = models.get_model(arch, weights=None)
-    model.embed_dim = model.fc.in_features
-    model.fc = nn.Identity()
-    return model
+    return timm_backbone(arch.removeprefix("timm/"), drop_path_rate)
 
 
 def timm_backbone(name: str, drop_path_rate: float, pretrained: bool = False) -> nn.Module:

@@ -52,9 +52,17 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
     own = parser.add_argument_group(f"the method ({method.name})")
 
     add = parser.add_argument_group("backbone").add_argument
-    add("--arch", default="vit_small", help=f"{', '.join(our_names())}, a torchvision resnet, or timm/<name>")
+    add("--arch", default="vit_small", help=f"{', '.join(our_names())}, or timm/<name>")
     add("--patch_size", type=int, help="pixels; left out: 16, of a Swin 4. 8 is better and slower than 16")
     add("--window_size", default=7, type=int, help="patches along a side of Swin's windows; EsViT also has 14")
+    add("--rel_pos_embed", default=False, type=bool_flag, help="biases in CvT's windows; not with crops of 96 pixels")
+    add("--vil_arch", metavar="STAGES", help="of a ViL: l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,...; left out: those of --arch")
+    add(
+        "--vil_mode",
+        default=0,
+        type=int,
+        help="what a ViL's sparse attention sees: 0 all chunks around, 1 one, -1 none",
+    )
     add("--drop_path_rate", "--drop_path", default=0.1, type=float, help="stochastic depth of the student's last block")
 
     group = parser.add_argument_group("data")

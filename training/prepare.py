@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from methods.base import Method
-from models import LIBRARY, family_of
+from models import LIBRARY, RESNET, family_of
 from models.batch_norm import batch_norm_of_the_batch
 from utils import UsageError, World, keep_large_blocks, log
 
@@ -40,7 +40,7 @@ def prepare_device(args: argparse.Namespace, world: World) -> None:
     if world.device.type == "cpu":
         keep_large_blocks()
     # told only to warn, torch leaves the gradient of attention without an order; networks of libraries may need it
-    ours = family_of(args.arch) is not LIBRARY
+    ours = family_of(args.arch) not in (LIBRARY, RESNET)
     if args.deterministic and not ours and world.device.type == "cuda":
         log.info("--arch %s: kernels without a fixed order are used where it has no others, and named below", args.arch)
     torch.use_deterministic_algorithms(args.deterministic, warn_only=not ours)

@@ -22,7 +22,9 @@ HOLDERS = ("backbone.", "encoder.")
 # ResNet's, those of CvT, Vision Longformer, CLIP and Hugging Face
 LANDMARK = re.compile(
     r"(?P<prefix>(?:.+?\.)??)(?:backbone\.|encoder\.)*"
-    r"(?:(?:embeddings\.)?cls_token|class_token|features\.1\.0\.norm1\.weight|layers\.0\.blocks\.0\.norm1\.weight|layer1\.0\.conv1\.weight|stage0\.0\.proj\.weight"
+    r"(?:(?:embeddings\.)?(?<!layer\d\.0\.)cls_token"  # each stage of a Vision Longformer has one
+    r"|class_token|features\.1\.0\.norm1\.weight|layers\.0\.blocks\.0\.norm1\.weight|layer1\.0\.conv1\.weight"
+    r"|stage0\.0\.proj\.weight"
     r"|layer1\.0\.norm_embed\.weight|visual\.conv1\.weight|embeddings\.patch_embeddings\.projection\.weight)"
 )
 

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from models.layouts.checks import check_shapes
 from models.layouts.libraries import resnet_of
 from models.layouts.names import State, square_side
+from models.layouts.stages import CVT_OF_SHAPE, VIL_OF_DEPTHS, cvt_arguments, vil_arguments
 from models.vit import Variant
 from utils import shortened
 
@@ -91,8 +92,13 @@ def arch_of(state: State) -> str | None:
     """The name of the architecture among ours, from the shapes; None for any other."""
     if shape := vit_arguments(state):
         return NAME_OF_SHAPE.get((shape["embed_dim"], shape["depth"]))
-    shape = swin_arguments(state)
-    return SWIN_OF_SHAPE.get((shape["embed_dim"], shape["depths"])) if shape else resnet_of(state)
+    if shape := swin_arguments(state):
+        return SWIN_OF_SHAPE.get((shape["embed_dim"], shape["depths"]))
+    if shape := cvt_arguments(state):
+        return CVT_OF_SHAPE.get((shape["embed_dims"], shape["depths"]))
+    if shape := vil_arguments(state):
+        return VIL_OF_DEPTHS.get(shape["depths"])
+    return resnet_of(state)
 
 
 GATED = re.compile(r"blocks\.\d+\.mlp\.(w1|gate_proj|fc1_g)\.weight")
@@ -175,6 +181,14 @@ def describe(state: State) -> str:
             f"{arch_of(state) or 'Swin transformer'} (width {shape['embed_dim']}, {blocks} blocks), "
             f"patch {shape['patch_size']}, window {shape['window_size']}"
         )
+    if shape := cvt_arguments(state):
+        blocks, widths = ("+".join(map(str, shape[name])) for name in ("depths", "embed_dims"))
+        bias = ", relative bias" * shape["rel_pos_embed"]
+        return f"{arch_of(state) or 'CvT'} (widths {widths}, {blocks} blocks){bias}"
+    if shape := vil_arguments(state):
+        return f"{arch_of(state) or 'Vision Longformer'} ({shape['vil_arch']}), built for {shape['img_size']} px"
+    if name := resnet_of(state):
+        return f"{name} of {len(state)} tensors"
     kinds = {
         "layers.0.": "transformer of several stages",
         "stage0.0.proj.": "CvT",
@@ -196,7 +210,7 @@ def remedy(state: State) -> str:
     """What to do about a file that shows no network of ours."""
     if gated_mlp(state):
         return "take a network without it; of those with a gate only DINOv2's giant is known here"
-    if vit_arguments(state) or swin_arguments(state):
+    if any(shapes(state) for shapes in (vit_arguments, swin_arguments, cvt_arguments, vil_arguments)):
         return "nothing here has that shape: pass its --arch"
     if any(name.endswith("flat_param") for name in state):
         return "save it with StateDictType.FULL_STATE_DICT"

@@ -382,8 +382,8 @@ def test_a_timm_network_takes_files_under_our_names_and_under_its_own(tmp_path):
 def test_a_file_that_no_architecture_fits_says_so(tmp_path):
     assert "width 12" in refusal(network_from_file, GOLDEN / "dino" / "backbone_only.pth")
     assert "width 4, 1+2+1+1 blocks" in refusal(network_from_file, GOLDEN / "esvit/checkpoint_plain.pth")
-    cvt = {"teacher": {"stage0.0.proj.weight": torch.zeros(1)}, "dino_loss": {}, "args": {"arch": "cvt_tiny"}}
-    assert "--arch cvt_tiny, which is unknown here" in refusal(network_from_file, saved(tmp_path, cvt))
+    cvt = {"teacher": {"stage0.0.proj.weight": torch.zeros(1)}, "dino_loss": {}, "args": {"arch": "cvt_huge"}}
+    assert "--arch cvt_huge, which is unknown here" in refusal(network_from_file, saved(tmp_path, cvt))
     assert "linear classifier" in refusal(network_from_file, GOLDEN / "attmask" / "checkpoint_teacher_linear.pth")
 
 

@@ -23,9 +23,9 @@ SHARED = """
     grad_checkpointing init_from init_progress knn_data knn_every
     knn_per_class knn_temperature load_from local_rank lr max_bad_images max_image_pixels max_skipped method min_lr
     n_last_blocks nb_knn num_workers refresh_index
-    optimizer output_dir patch_size precision print_freq replay sampler save_every_minutes saveckp_freq seed split
-    subset tsv_mode use_cuda
-    use_fp16 warmup_epochs weight_decay weight_decay_end window_size zip_mode
+    optimizer output_dir patch_size precision print_freq rel_pos_embed replay sampler save_every_minutes saveckp_freq
+    seed split subset tsv_mode use_cuda
+    use_fp16 vil_arch vil_mode warmup_epochs weight_decay weight_decay_end window_size zip_mode
 """
 CROPS = "global_crops_scale global_crops_size local_crops_number local_crops_scale local_crops_size"
 TEACHER = """
