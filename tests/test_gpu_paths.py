@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from methods import METHODS
+from models import cvt
 from simulation.gpu import obstacle
 from tests.fake_cuda import FULL, RECIPES, Steps, take_steps
 
@@ -57,7 +58,9 @@ def test_a_step_in_every_precision_waits_for_nothing(method, precision):
     check(take_steps(method, "--precision", precision))
 
 
-SWIN = ("--arch", "swin_tiny", "--patch_size", "4", "--global_crops_size", "64", "--local_crops_size", "32")
+SIZES = ("--patch_size", "4", "--global_crops_size", "64", "--local_crops_size", "32")
+SMALL_VIL = "_".join(f"l{n},h1,d8,n1,s{int(n < 3)},g1,p{2 + 2 * (n == 1)},f3,a0" for n in (1, 2, 3))
+SWIN = ("--arch", "swin_tiny", *SIZES)
 OPTIONS = {
     "pieces": ("dino", "--accum_iter", "2"),
     "pieces of masks": ("ibot", "--accum_iter", "2", "--precision", "fp16"),
@@ -68,6 +71,8 @@ OPTIONS = {
     "Swin": ("dino", *SWIN),
     "Swin, masks": ("ibot", *SWIN),
     "ResNet": ("dino", "--arch", "resnet18", "--optimizer", "lars", "--use_bn_in_head", "true"),
+    "CvT": ("dino", "--arch", "cvt_tiny", *SIZES, "--drop_path_rate", "0.3", "--grad_checkpointing"),
+    "Vision Longformer": ("dino", "--arch", "vil_2262", "--vil_arch", SMALL_VIL, *SIZES, "--drop_path_rate", "0.3"),
     "SGD": ("dino", "--optimizer", "sgd"),
     "one class token": ("udi", "--number_cls_token", "1"),
     "pieces for several teachers": ("unic", "--accum_iter", "2"),
@@ -79,7 +84,9 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_no_option_makes_a_step_wait(options):
+def test_no_option_makes_a_step_wait(options, monkeypatch):
+    small = tuple(stage._replace(dim=8, num_heads=1, depth=1, window=3) for stage in cvt.TINY)
+    monkeypatch.setattr(cvt, "TINY", small)
     check(take_steps(*options))
 
 

@@ -13,7 +13,7 @@ from tests.twins import GOLDEN, agrees, golden, rewrite, unnoticed
 # Every expected number matters
 # ---------------------------------------------------------------------------------------------------------------------
 
-SLOW = {"augmentation_statistics", "masks_statistics", "vit_structure", "swin_structure"}
+SLOW = {"augmentation_statistics", "masks_statistics", "vit_structure", "swin_structure", "resnet_forward"}
 NEVER = {  # what does not stand in manifest or arrays, or is only words, or a bound beside what is compared
     "attmask/linear_probe": ["checkpoint_teacher_linear.pth"],
     "attmask/hint_stats": ["observed_mask_sizes"],

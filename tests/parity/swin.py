@@ -80,7 +80,11 @@ def hash_weights(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.T
         if not tensor.is_floating_point():
             continue
         w = torch.from_numpy(hashed(tensor.numel(), seed + position) / 2.0**31 - 1).view(tensor.shape)
-        if name.endswith("relative_position_bias_table"):
+        if name.endswith(("running_var", "running_mean")):
+            filled[name] = 1 + 0.4 * w if name.endswith("var") else 0.2 * w
+        elif name.endswith("weight_g"):
+            filled[name] = torch.ones_like(w)
+        elif name.endswith("relative_position_bias_table"):
             filled[name] = 0.7 * w
         elif w.ndim > 1:
             filled[name] = w * (4 / w[0].numel()) ** 0.5
@@ -92,7 +96,7 @@ def hash_weights(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.T
 def esvit_images(case: Case, size: int) -> torch.Tensor:
     """``hash image of size S: seed = 1000 + S, shape (2,3,S,S)`` or ``hash image, seed = image size, ...``."""
     text = case.params["input"]
-    offset = re.search(r"seed = (\d+) \+ S", text)
+    offset = re.search(r"seed = (\d+) ?\+ ?S", text)
     batch, channels = re.search(r"shape \((\d+), ?(\d+), ?S, ?S\)", text).groups()
     return hash_images(size + (int(offset[1]) if offset else 0), int(batch), int(channels), size, size)
 
