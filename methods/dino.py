@@ -28,7 +28,7 @@ from methods.teacher import (
     check_temperature_arguments,
     temperatures,
 )
-from models import build_backbone
+from models import build_backbone, family_of
 from utils import UsageError, bool_flag
 
 
@@ -51,6 +51,8 @@ class DINO(PrototypeMethod):
     def check_arguments(args: argparse.Namespace) -> None:
         if args.out_dim < 1:
             raise UsageError(f"--out_dim {args.out_dim}: a head needs at least one prototype (the default is 65536)")
+        if family_of(args.arch).name == "vil" and args.vil_mode == 1:
+            raise UsageError("--vil_mode 1: dino draws no neighbours for it; pass 0 or -1, or --method esvit")
         check_following_arguments(args)
         check_temperature_arguments(args)
         check_crop_arguments(args)

@@ -198,6 +198,7 @@ def test_defaults_are_those_of_the_original(method):
         ("--patch_size 16 --local_crops_size 40", "does not divide --local_crops_size 40; nearest 32 or 48"),
         ("--local_crops_size 8", "--local_crops_size 8 is smaller than one patch of 16"),
         ("--out_dim 0", "--out_dim 0: a head needs"),
+        ("--arch vil_2262 --vil_mode 1", "--vil_mode 1: dino draws no neighbours"),
         ("--warmup_epochs 101", "--warmup_epochs 101 is longer than --epochs 100"),
         ("--warmup_teacher_temp_epochs 101", "--warmup_teacher_temp_epochs 101 is longer"),
         ("--warmup_teacher_temp_epochs -1", "--warmup_teacher_temp_epochs -1: must not be negative"),
