@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from data.unic_views import UNICViews
 from methods.base import Clock, Method, backbone_arguments
 from methods.health import effective_rank
-from methods.ladder import KINDS, Ladder, hidden_widths, ladder_options, literal_options
+from methods.ladder import hidden_widths, ladder_options, literal_options
 from methods.parts import Part, Renamed, adopt_parts
 from methods.standardise import Standardisation
 from methods.unic_files import refuse_another_ladder, student_from_file, student_to_file
 from models import build_backbone, families_that, family_of
 from models.checkpoints import weights_hash
+from models.ladder import KINDS, Ladder
 from models.teachers import Teacher, build_teachers, check_teachers
 from randomness import counted_uniforms
 from utils import UsageError, bool_flag, cosine_scheduler, to_device, world_size

@@ -11,8 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from methods.base import Clock
-from methods.ladder import Ladder, ladder_arguments
 from methods.unic import UNIC, Student, keep_teachers, mean_of_kept, token_losses
+from models.ladder import Ladder, ladder_arguments
 from models.layouts.names import below
 from models.layouts.shapes import vit_arguments
 from models.reading import read_backbone
