@@ -60,19 +60,13 @@ class TeacherSpace(nn.Module):
         return torch.cat((classes[:, None], unstandardised(patches, self.patch_mean, self.patch_std)), dim=1)
 
 
-def teacher_space_from_file(
-    path: str | Path,
-    head: str,
-    checkpoint_key: str = "model",
-    arch: str | None = None,
-    patch_size: int | None = None,
-) -> Network:
+def teacher_space_from_file(path: str | Path, checkpoint_key: str, head: str, **asked: object) -> Network:
     """The student in ``path`` in the space of its teacher ``head``. Raises CheckpointError in one line.
 
-    The file: a training checkpoint of ours or of the original.
+    The file: a training checkpoint of ours or of the original. ``asked``: as ``network_from_file`` takes it.
     """
     state, info = read_backbone(path, checkpoint_key)
-    network = network_from_state(state, info, arch, patch_size)
+    network = network_from_state(state, info, **asked)
     statistics = load_file(path, mapped=True).get("teacher_ft_stats")
     try:
         model = teacher_space(network.model, below(state, "lp."), statistics, head)

@@ -12,7 +12,7 @@ from utils import UsageError
 def test_tokens_are_the_sum_of_the_projectors_brought_back_by_the_teachers_statistics(tmp_path):
     file, images = student_file(tmp_path), torch.randn(2, 3, 16, 16)
     for head in HEADS:
-        network = teacher_space_from_file(tmp_path / "unic.pth", head)
+        network = teacher_space_from_file(tmp_path / "unic.pth", "model", head)
         assert network.label == f"vit_micro/8 in the space of {head}" and network.report.complete
         blocks = network.model.encoder.forward_blocks(images)
         expected = []
@@ -42,5 +42,5 @@ def test_a_head_that_a_file_does_not_hold_whole_is_refused_in_one_line(tmp_path)
     ):
         student_file(tmp_path, **changed)
         with pytest.raises(UsageError, match=rf"--apply_head {head}: .*unic.pth: .*{said}") as error:
-            teacher_space_from_file(tmp_path / "unic.pth", head)
+            teacher_space_from_file(tmp_path / "unic.pth", "model", head)
         assert "\n" not in str(error.value)
