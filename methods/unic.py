@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -35,10 +36,11 @@ from models.checkpoints import weights_hash
 from models.ladder import KINDS, Ladder
 from models.teachers import Teacher, build_teachers, check_teachers
 from randomness import counted_uniforms
-from utils import UsageError, bool_flag, cosine_scheduler, to_device, world_size
+from utils import UsageError, all_gather_rows, all_reduce_sum, bool_flag, cosine_scheduler, log, to_device, world_size
 
 TEACHERS = "dino_vitbase_16,deit3_vitbase_16,ibot_vitbase_16,dbotft_vitbase_16"
 ADAMW = {"betas": (0.9, 0.99), "eps": 1e-8}
+FEW = 64  # images, of which a share says little
 _DROPPING = 0x171C  # what a draw is for
 
 
@@ -141,6 +143,8 @@ class UNIC(Method):
         ladder = ladder_options(args.lp_args)
         hidden = hidden_widths(ladder, encoder.depth)
         teachers = build_teachers(args.teachers, args.image_size, args.patch_size, args.download_teachers)
+        dims = ", ".join(f"{teacher.name} ({teacher.dim} dimensions)" for teacher in teachers)
+        log.info(f"standardised by running mean and spread, apart for class tokens and patches: {dims}")
         norms = {name: ladder[name] for name in ("prenorm", "midnorm", "std")}
         lp = Ladder(encoder.embed_dim, {teacher.name: teacher.dim for teacher in teachers}, hidden, **norms)
         return cls(
@@ -173,7 +177,9 @@ class UNIC(Method):
         self.t_drop_prob, self.weights = t_drop_prob, weights
         self.adamw = ADAMW if adamw is None else adamw
         self.fresh_statistics = fresh_statistics
-        self._seen: dict[str, torch.Tensor] = {}  # what health() looks at
+        self._features: torch.Tensor | None = None  # what health() looks at, as at the sums of the epoch so far
+        self._seen_epoch = -1
+        self.register_buffer("epoch_sums", torch.zeros(4, len(self.names), dtype=torch.float64), persistent=False)
 
     def train(self, mode: bool = True) -> "UNIC":
         """Teachers stay in evaluation mode: their batch norms and their stochastic depth are what they were."""
@@ -202,10 +208,11 @@ class UNIC(Method):
         encoder = self.student.encoder
         blocks = encoder.forward_blocks(images, clock.batch_draws(encoder.depth, len(images)))
         projected = self.student.lp(blocks, encoder.num_prefix_tokens)
-        losses = token_losses(projected, self.targets(images), self.weights)  # (teachers, kinds, batch)
+        targets = self.targets(images)
+        losses = token_losses(projected, targets, self.weights)  # (teachers, kinds, batch)
         of_pairs = losses.mean(dim=1)  # (teachers, batch)
         kept = keep_teachers(of_pairs.detach(), self.t_drop_prob, self.uniforms(clock, len(images)))
-        self._seen["features"] = blocks[-1][:, 0].detach()
+        self.remember(clock.epoch, blocks[-1][:, 0].detach(), losses.detach(), targets)
         return {"loss": mean_of_kept(of_pairs, kept), **self.measures(losses.detach(), kept)}
 
     @torch.no_grad()
@@ -243,11 +250,48 @@ class UNIC(Method):
 
     # ---- looking at it ----------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def remember(self, epoch: int, features: torch.Tensor, losses: torch.Tensor, targets: dict[str, tuple]) -> None:
+        """For ``health``: class tokens of this piece; of the epoch so far, for every teacher, how many images it was
+        the hardest of, what their class tokens cost, and what they would cost a student that always says zero.
+        """
+        if epoch != self._seen_epoch:
+            self._seen_epoch = epoch
+            self.epoch_sums.zero_()
+        self._features = features
+        teachers = torch.arange(len(self.names), device=losses.device)
+        hits = (losses.mean(dim=1).argmax(dim=0) == teachers[:, None]).sum(dim=1)
+        silent = torch.stack([F.smooth_l1_loss(torch.zeros_like(z), z) for z, _ in targets.values()])
+        images = torch.full_like(silent, losses.shape[2])
+        costs, silent = losses[:, 0].sum(dim=1), (self.weights[0] + self.weights[1] * silent) * images
+        sums = torch.stack((images, hits, costs, silent)).to(self.epoch_sums.dtype)
+        self.epoch_sums += torch.where(
+            sums.isfinite().all(), sums, torch.zeros_like(sums)
+        )  # what is skipped is not seen
+
     def health(self) -> dict[str, torch.Tensor]:
-        return {
-            "effective_rank": effective_rank(self._seen["features"]),
-            "statistics_drift": self.standardisation.drift,
-        }
+        """``hardest_of_<t>``: share of the epoch's images; of few images it is held down, since it says little.
+        ``relative_loss_of_<t>``: of class tokens, where 1 is what a student that says nothing has.
+        """
+        images, hits, costs, silent = all_reduce_sum(self.epoch_sums.clone())
+        shares, relative = hits / images.clamp_min(FEW), costs / silent
+        found = {"effective_rank": effective_rank(self._features), "statistics_drift": self.standardisation.drift}
+        found |= {f"relative_loss_of_{name}": value for name, value in zip(self.names, relative.unbind(), strict=True)}
+        if len(self.names) > 1:
+            found |= {f"hardest_of_{name}": value for name, value in zip(self.names, shares.unbind(), strict=True)}
+        return found
+
+    def epoch_state(self) -> dict:
+        return {"epoch": self._seen_epoch, "sums": all_gather_rows(self.epoch_sums[None])}
+
+    def load_epoch_state(self, state: dict) -> None:
+        """Each process goes on from its own sums; when their number has changed, each from its share."""
+        self._seen_epoch, sums = state["epoch"], state["sums"]
+        own = len(sums) == world_size() > 1
+        self.epoch_sums.copy_(sums[dist.get_rank()] if own else sums.sum(dim=0) / world_size())
+
+    def frozen_networks(self) -> dict[str, nn.Module]:
+        return {teacher.name: teacher for teacher in self.teachers}
 
     def identity(self) -> dict[str, str]:
         """A teacher is who it is by its name and weights; its file may lie elsewhere when a run goes on."""
