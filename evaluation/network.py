@@ -51,7 +51,6 @@ def add_feature_arguments(parser: argparse._ActionsContainer, n_last_blocks: int
     )
     add("--avgpool_patchtokens", POOLINGS[0], type=pooling, metavar="POOLING", help=means)
     add("--class_token", CLS, choices=tuple(CLASS_TOKENS), help="which one, of networks with two (UDI)")
-    add_head_argument(parser)
 
 
 def add_head_argument(parser: argparse._ActionsContainer, required: bool = False) -> None:
