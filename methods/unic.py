@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -30,17 +29,17 @@ from methods.health import effective_rank
 from methods.ladder import hidden_widths, ladder_options, literal_options
 from methods.parts import Part, Renamed, adopt_parts
 from methods.standardise import Standardisation
+from methods.teachers_record import TeachersRecord
 from methods.unic_files import refuse_another_ladder, student_from_file, student_to_file
 from models import build_backbone, families_that, family_of
 from models.checkpoints import weights_hash
 from models.ladder import KINDS, Ladder
 from models.teachers import Teacher, build_teachers, check_teachers
 from randomness import counted_uniforms
-from utils import UsageError, all_gather_rows, all_reduce_sum, bool_flag, cosine_scheduler, log, to_device, world_size
+from utils import UsageError, bool_flag, cosine_scheduler, log, to_device, world_size
 
 TEACHERS = "dino_vitbase_16,deit3_vitbase_16,ibot_vitbase_16,dbotft_vitbase_16"
 ADAMW = {"betas": (0.9, 0.99), "eps": 1e-8}
-FEW = 64  # images, of which a share says little
 _DROPPING = 0x171C  # what a draw is for
 
 
@@ -177,9 +176,8 @@ class UNIC(Method):
         self.t_drop_prob, self.weights = t_drop_prob, weights
         self.adamw = ADAMW if adamw is None else adamw
         self.fresh_statistics = fresh_statistics
-        self._features: torch.Tensor | None = None  # what health() looks at, as at the sums of the epoch so far
-        self._seen_epoch = -1
-        self.register_buffer("epoch_sums", torch.zeros(4, len(self.names), dtype=torch.float64), persistent=False)
+        self.record = TeachersRecord(self.names)
+        self._features: torch.Tensor | None = None  # what health() looks at
 
     def train(self, mode: bool = True) -> "UNIC":
         """Teachers stay in evaluation mode: their batch norms and their stochastic depth are what they were."""
@@ -252,43 +250,23 @@ class UNIC(Method):
 
     @torch.no_grad()
     def remember(self, epoch: int, features: torch.Tensor, losses: torch.Tensor, targets: dict[str, tuple]) -> None:
-        """For ``health``: class tokens of this piece; of the epoch so far, for every teacher, how many images it was
-        the hardest of, what their class tokens cost, and what they would cost a student that always says zero.
-        """
-        if epoch != self._seen_epoch:
-            self._seen_epoch = epoch
-            self.epoch_sums.zero_()
+        """For ``health``: class tokens of this piece, and how every teacher fared."""
         self._features = features
-        teachers = torch.arange(len(self.names), device=losses.device)
-        hits = (losses.mean(dim=1).argmax(dim=0) == teachers[:, None]).sum(dim=1)
         silent = torch.stack([F.smooth_l1_loss(torch.zeros_like(z), z) for z, _ in targets.values()])
-        images = torch.full_like(silent, losses.shape[2])
-        costs, silent = losses[:, 0].sum(dim=1), (self.weights[0] + self.weights[1] * silent) * images
-        sums = torch.stack((images, hits, costs, silent)).to(self.epoch_sums.dtype)
-        self.epoch_sums += torch.where(
-            sums.isfinite().all(), sums, torch.zeros_like(sums)
-        )  # what is skipped is not seen
+        self.record.add(epoch, losses, self.weights[0] + self.weights[1] * silent)
 
     def health(self) -> dict[str, torch.Tensor]:
-        """``hardest_of_<t>``: share of the epoch's images; of few images it is held down, since it says little.
-        ``relative_loss_of_<t>``: of class tokens, where 1 is what a student that says nothing has.
-        """
-        images, hits, costs, silent = all_reduce_sum(self.epoch_sums.clone())
-        shares, relative = hits / images.clamp_min(FEW), costs / silent
-        found = {"effective_rank": effective_rank(self._features), "statistics_drift": self.standardisation.drift}
-        found |= {f"relative_loss_of_{name}": value for name, value in zip(self.names, relative.unbind(), strict=True)}
-        if len(self.names) > 1:
-            found |= {f"hardest_of_{name}": value for name, value in zip(self.names, shares.unbind(), strict=True)}
-        return found
+        return {
+            "effective_rank": effective_rank(self._features),
+            "statistics_drift": self.standardisation.drift,
+            **self.record.measures(),
+        }
 
     def epoch_state(self) -> dict:
-        return {"epoch": self._seen_epoch, "sums": all_gather_rows(self.epoch_sums[None])}
+        return self.record.epoch_state()
 
     def load_epoch_state(self, state: dict) -> None:
-        """Each process goes on from its own sums; when their number has changed, each from its share."""
-        self._seen_epoch, sums = state["epoch"], state["sums"]
-        own = len(sums) == world_size() > 1
-        self.epoch_sums.copy_(sums[dist.get_rank()] if own else sums.sum(dim=0) / world_size())
+        self.record.load_epoch_state(state)
 
     def frozen_networks(self) -> dict[str, nn.Module]:
         return {teacher.name: teacher for teacher in self.teachers}
