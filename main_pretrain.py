@@ -37,6 +37,7 @@ from training.blackbox import BlackBox, replay
 from training.checkpointing import save_checkpoint
 from training.consensus import Consensus
 from training.dry_run import dry_run
+from training.frozen import measure_frozen
 from training.monitor import Monitor
 from training.online_knn import OnlineKNN
 from training.optim import build_optimizer, optimizer_step, overflow, set_schedules
@@ -330,6 +331,7 @@ def main() -> int:
     prepare_device(args, world)
     run = build(args, world)
     describe(run)
+    measure_frozen(run)
     if args.dry_run:
         if args.init_from:
             begin(run)

@@ -13,7 +13,12 @@ import argparse
 
 from data.datasets import ALL
 from evaluation.knn_run import evaluate
-from evaluation.network import add_feature_arguments, add_network_arguments, add_process_arguments
+from evaluation.network import (
+    add_feature_arguments,
+    add_head_argument,
+    add_network_arguments,
+    add_process_arguments,
+)
 from evaluation.sets import add_data_arguments, check_common_arguments
 from utils import Parser, UsageError, bool_flag, init_world, keep_large_blocks, log, run_cli
 
@@ -21,7 +26,9 @@ from utils import Parser, UsageError, bool_flag, init_world, keep_large_blocks, 
 def get_args_parser() -> Parser:
     parser = Parser(prog="eval_knn.py", description="Weighted k-NN on frozen features.")
     add_network_arguments(parser.add_argument_group("what is evaluated"))
-    add_feature_arguments(parser.add_argument_group("feature"), n_last_blocks=1)
+    group = parser.add_argument_group("feature")
+    add_feature_arguments(group, n_last_blocks=1)
+    add_head_argument(group)
     add_data_arguments(parser.add_argument_group("data"))
     add = parser.add_argument_group("k-NN").add_argument
     add("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=int, help="numbers of neighbours; 20 is usually best")

@@ -13,7 +13,12 @@ import math
 
 from evaluation.linear import build_run, evaluate, train
 from evaluation.linear_run import report
-from evaluation.network import add_feature_arguments, add_network_arguments, add_process_arguments
+from evaluation.network import (
+    add_feature_arguments,
+    add_head_argument,
+    add_network_arguments,
+    add_process_arguments,
+)
 from evaluation.run import conduct
 from evaluation.sets import add_data_arguments, check_common_arguments
 from utils import Parser, UsageError, bool_flag, init_world, keep_large_blocks, run_cli
@@ -24,6 +29,7 @@ def get_args_parser() -> Parser:
     add_network_arguments(parser.add_argument_group("what is evaluated"))
     group = parser.add_argument_group("heads: one for every combination of what follows")
     add_feature_arguments(group, n_last_blocks=4, several=True)
+    add_head_argument(group)
     add = group.add_argument
     add("--lr", default=None, nargs="+", type=float, help="at 256 images per step, scaled linearly; left out: 0.001")
     add(

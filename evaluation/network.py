@@ -10,6 +10,7 @@ import torch.nn as nn
 from evaluation.features import CLASS_TOKENS, CLS, INTERLEAVED, MEAN, OUTPUT, POOLINGS, Feature
 from models import ALIASES, build_backbone, family_of
 from models.checkpoints import Network, add_unseen_arguments, network_from_file
+from models.teacher_space import teacher_space_from_file
 from utils import BACKENDS, UsageError, log
 
 
@@ -50,6 +51,11 @@ def add_feature_arguments(parser: argparse._ActionsContainer, n_last_blocks: int
     )
     add("--avgpool_patchtokens", POOLINGS[0], type=pooling, metavar="POOLING", help=means)
     add("--class_token", CLS, choices=tuple(CLASS_TOKENS), help="which one, of networks with two (UDI)")
+
+
+def add_head_argument(parser: argparse._ActionsContainer, required: bool = False) -> None:
+    what = "of a training checkpoint of UNIC: the student's image in the space of this teacher, through its ladder"
+    parser.add_argument("--apply_head", default=None, required=required, metavar="TEACHER", help=what)
 
 
 def chosen_features(
@@ -109,18 +115,15 @@ def add_process_arguments(parser: argparse._ActionsContainer) -> None:
 
 def network_from_options(args: argparse.Namespace) -> Network:
     """The network that ``add_network_arguments`` describes; says loudly when its weights are random (seed 0)."""
+    head = getattr(args, "apply_head", None)  # of evaluations that read features
+    if head is not None and not args.pretrained_weights:
+        raise UsageError(f"--apply_head {head}: names a part of a checkpoint; pass it as --pretrained_weights")
     if args.pretrained_weights:
-        network = network_from_file(
-            args.pretrained_weights,
-            args.checkpoint_key,
-            args.arch,
-            args.patch_size,
-            args.window_size,
-            args.num_heads,
-            args.act,
-        )
+        where = (args.pretrained_weights, args.checkpoint_key)
+        asked = {name: getattr(args, name) for name in ("arch", "patch_size", "window_size", "num_heads", "act")}
+        network = network_from_file(*where, **asked) if head is None else teacher_space_from_file(*where, head, **asked)
         info = network.report.info
-        log.info(f"{info.path}: {info.layout.name}, {network.arch}: {network.report}")
+        log.info(f"{info.path}: {info.layout.name}, {network.label if head else network.arch}: {network.report}")
         for note in (*info.notes, *[f"assumed: {words}" for words in [network.report.assumed] if words]):
             log.info(f"{info.path}: {note}")
         return network

@@ -4,17 +4,21 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
-from evaluation.sets import Sets
 from models.checkpoints import Network
 from utils import UsageError, log, make_folder, save_atomically
+
+
+class Images(Protocol):
+    data: str  # which they are
 
 
 def write_result(
     args: argparse.Namespace,
     evaluation: str,
     network: Network,
-    sets: Sets,
+    sets: Images,
     unreadable: Mapping[str, int],
     numbers: dict,
     append: bool = False,

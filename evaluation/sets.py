@@ -21,6 +21,12 @@ def add_data_arguments(parser: argparse._ActionsContainer) -> None:
     add = parser.add_argument
     add_path_arguments(parser)
     add("--subset", default=None, type=int, help="training images per class; left out or -1: all")
+    add_looking_arguments(parser)
+
+
+def add_looking_arguments(parser: argparse._ActionsContainer) -> None:
+    """How images are cut, decoded and read, whichever they are."""
+    add = parser.add_argument
     add("--crop_size", default=None, type=int, help="pixels; left out: the checkpoint's own, else 224")
     add("--resize_size", default=None, type=int, help="shorter side before the crop; left out: crop * 256 / 224")
     add("--batch_size_per_gpu", default=128, type=int, help="images per forward pass and process")
@@ -41,6 +47,10 @@ def check_common_arguments(args: argparse.Namespace) -> None:
     """Raise UsageError for values that cannot work, before anything is read."""
     check_subset(args.subset)
     place_from(args)
+    check_looking_arguments(args)
+
+
+def check_looking_arguments(args: argparse.Namespace) -> None:
     for name in ("crop_size", "resize_size", "batch_size_per_gpu", "patch_size", "window_size"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -177,6 +177,10 @@ class Method(nn.Module):
         """
         return {}
 
+    def frozen_networks(self) -> dict[str, nn.Module]:
+        """Networks that are never trained, by name, which take a batch of images: the start says what they cost."""
+        return {}
+
     def adopt(self, state: dict[str, dict]) -> list[str]:
         """Begin with parts of another run (training/start.py), as its file has them; returns what begins fresh.
 

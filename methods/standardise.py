@@ -5,10 +5,9 @@ from collections.abc import Mapping
 import torch
 import torch.nn as nn
 
-from methods.ladder import KINDS
+from models.ladder import KINDS
+from models.teacher_space import EPS
 from utils import all_reduce_sum
-
-EPS = 1e-6
 
 
 class Standardisation(nn.Module):
@@ -35,12 +34,10 @@ class Standardisation(nn.Module):
 
     def forward(self, features: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, tuple]:
         """{teacher: (class token (batch, dim), patches (batch, patches, dim))} -> the same, standardised."""
-        return {name: tuple(self._each(name, pair, self._standardised)) for name, pair in features.items()}
-
-    def inverse(self, name: str, kind: str, projected: torch.Tensor) -> torch.Tensor:
-        """What is standardised, (..., dim), in the space of teacher ``name`` itself."""
-        mean, std = self._statistics(name, kind)
-        return projected * (std + EPS) + mean
+        return {
+            name: tuple(self._standardised(name, kind, part) for kind, part in zip(KINDS, pair, strict=True))
+            for name, pair in features.items()
+        }
 
     @torch.no_grad()
     def collect(self, standardised: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -67,9 +64,6 @@ class Standardisation(nn.Module):
         self.drift.copy_(((moved[0] - mean) / (moved[1] + EPS)).square().mean().sqrt())
         self.mean.copy_(moved[0])
         self.std.copy_(moved[1])
-
-    def _each(self, name, pair, function):
-        return [function(name, kind, features) for kind, features in zip(KINDS, pair, strict=True)]
 
     def _standardised(self, name: str, kind: str, features: torch.Tensor) -> torch.Tensor:
         mean, std = self._statistics(name, kind)

@@ -26,15 +26,17 @@ import torch.nn.functional as F
 from data.unic_views import UNICViews
 from methods.base import Clock, Method, backbone_arguments
 from methods.health import effective_rank
-from methods.ladder import KINDS, Ladder, hidden_widths, ladder_options, literal_options
+from methods.ladder import hidden_widths, ladder_options, literal_options
 from methods.parts import Part, Renamed, adopt_parts
 from methods.standardise import Standardisation
+from methods.teachers_record import TeachersRecord
 from methods.unic_files import refuse_another_ladder, student_from_file, student_to_file
 from models import build_backbone, families_that, family_of
 from models.checkpoints import weights_hash
+from models.ladder import KINDS, Ladder
 from models.teachers import Teacher, build_teachers, check_teachers
 from randomness import counted_uniforms
-from utils import UsageError, bool_flag, cosine_scheduler, to_device, world_size
+from utils import UsageError, bool_flag, cosine_scheduler, log, to_device, world_size
 
 TEACHERS = "dino_vitbase_16,deit3_vitbase_16,ibot_vitbase_16,dbotft_vitbase_16"
 ADAMW = {"betas": (0.9, 0.99), "eps": 1e-8}
@@ -140,6 +142,8 @@ class UNIC(Method):
         ladder = ladder_options(args.lp_args)
         hidden = hidden_widths(ladder, encoder.depth)
         teachers = build_teachers(args.teachers, args.image_size, args.patch_size, args.download_teachers)
+        dims = ", ".join(f"{teacher.name} ({teacher.dim} dimensions)" for teacher in teachers)
+        log.info(f"standardised by running mean and spread, apart for class tokens and patches: {dims}")
         norms = {name: ladder[name] for name in ("prenorm", "midnorm", "std")}
         lp = Ladder(encoder.embed_dim, {teacher.name: teacher.dim for teacher in teachers}, hidden, **norms)
         return cls(
@@ -172,7 +176,8 @@ class UNIC(Method):
         self.t_drop_prob, self.weights = t_drop_prob, weights
         self.adamw = ADAMW if adamw is None else adamw
         self.fresh_statistics = fresh_statistics
-        self._seen: dict[str, torch.Tensor] = {}  # what health() looks at
+        self.record = TeachersRecord(self.names)
+        self._features: torch.Tensor | None = None  # what health() looks at
 
     def train(self, mode: bool = True) -> "UNIC":
         """Teachers stay in evaluation mode: their batch norms and their stochastic depth are what they were."""
@@ -201,10 +206,11 @@ class UNIC(Method):
         encoder = self.student.encoder
         blocks = encoder.forward_blocks(images, clock.batch_draws(encoder.depth, len(images)))
         projected = self.student.lp(blocks, encoder.num_prefix_tokens)
-        losses = token_losses(projected, self.targets(images), self.weights)  # (teachers, kinds, batch)
+        targets = self.targets(images)
+        losses = token_losses(projected, targets, self.weights)  # (teachers, kinds, batch)
         of_pairs = losses.mean(dim=1)  # (teachers, batch)
         kept = keep_teachers(of_pairs.detach(), self.t_drop_prob, self.uniforms(clock, len(images)))
-        self._seen["features"] = blocks[-1][:, 0].detach()
+        self.remember(clock.epoch, blocks[-1][:, 0].detach(), losses.detach(), targets)
         return {"loss": mean_of_kept(of_pairs, kept), **self.measures(losses.detach(), kept)}
 
     @torch.no_grad()
@@ -242,11 +248,28 @@ class UNIC(Method):
 
     # ---- looking at it ----------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def remember(self, epoch: int, features: torch.Tensor, losses: torch.Tensor, targets: dict[str, tuple]) -> None:
+        """For ``health``: class tokens of this piece, and how every teacher fared."""
+        self._features = features
+        silent = torch.stack([F.smooth_l1_loss(torch.zeros_like(z), z) for z, _ in targets.values()])
+        self.record.add(epoch, losses, self.weights[0] + self.weights[1] * silent)
+
     def health(self) -> dict[str, torch.Tensor]:
         return {
-            "effective_rank": effective_rank(self._seen["features"]),
+            "effective_rank": effective_rank(self._features),
             "statistics_drift": self.standardisation.drift,
+            **self.record.measures(),
         }
+
+    def epoch_state(self) -> dict:
+        return self.record.epoch_state()
+
+    def load_epoch_state(self, state: dict) -> None:
+        self.record.load_epoch_state(state)
+
+    def frozen_networks(self) -> dict[str, nn.Module]:
+        return {teacher.name: teacher for teacher in self.teachers}
 
     def identity(self) -> dict[str, str]:
         """A teacher is who it is by its name and weights; its file may lie elsewhere when a run goes on."""

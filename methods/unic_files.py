@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from methods.ladder import KINDS, Ladder
+from models.ladder import KINDS, Ladder
 from models.layouts.names import below, rename_tokens_and_scales, unchunk_blocks
 from utils import UsageError, escape
 

@@ -136,11 +136,13 @@ class Network(NamedTuple):
     arch: str
     arguments: dict
     report: Report | None  # None: random weights
+    head: str | None = None  # the teacher in whose space ``model`` shows a student (models/teacher_space.py)
 
     @property
     def label(self) -> str:
         """``vit_small/16``: as tables name it."""
-        return f"{self.arch}/{self.arguments['patch_size']}" if "patch_size" in self.arguments else self.arch
+        name = f"{self.arch}/{self.arguments['patch_size']}" if "patch_size" in self.arguments else self.arch
+        return f"{name} in the space of {self.head}" if self.head else name
 
 
 def weights_hash(model: nn.Module) -> str:

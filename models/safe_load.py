@@ -16,6 +16,7 @@ from utils import UsageError, nearest, shortened
 
 TORCH, SAFETENSORS = "torch", "safetensors"
 LFS_POINTER = b"version https://git-lfs"
+ARRAYS = (".npz", ".npy")
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 
 
@@ -42,19 +43,50 @@ def load_file(path: str | Path, mapped: bool = False) -> dict:
     keeps such tensors while it replaces its own checkpoints loses them on some file systems.
     Raises CheckpointError, in one line, for whatever is not such a file.
     """
+    return _dict_in(path, _content(Path(path), mapped))
+
+
+def _dict_in(path: str | Path, content: object) -> dict:
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict; save the network's state_dict()")
+    return content
+
+
+def load_arrays(path: str | Path) -> dict:
+    """``load_file`` for what is no network: NumPy's .npz and .npy as well, and single tensors, whose name is "".
+
+    Arrays become tensors. Raises CheckpointError.
+    """
     path = Path(path)
+    if path.suffix in ARRAYS:
+        return _load_numpy(path)
+    content = _content(path, mapped=False)
+    if isinstance(content, np.ndarray):
+        return {"": torch.from_numpy(content)}
+    return {"": content} if isinstance(content, torch.Tensor) else _dict_in(path, content)
+
+
+def _load_numpy(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; check the path")
+    try:
+        content = np.load(path, allow_pickle=False)
+        arrays = {"": content} if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    except Exception as error:  # as below
+        raise CheckpointError(f"{path}: no arrays of NumPy: {_why_refused(error)}") from error
+
+
+def _content(path: Path, mapped: bool) -> object:
     if _kind_of(path) == SAFETENSORS:
         return _load_safetensors(path, mapped)
     try:
         if is_archive := zipfile.is_zipfile(path):
             _compare_checksums(path)
         with torch.serialization.safe_globals(_harmless_types()):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_archive)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_archive)
     except Exception as error:  # a damaged or hostile file can fail in every way its bytes allow
         raise CheckpointError(f"{path}: {_why_refused(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict; save the network's state_dict()")
-    return content
 
 
 def _load_safetensors(path: Path, mapped: bool) -> dict:

@@ -226,7 +226,7 @@ def _file_of(name: str, file: str | None) -> Path:
         return path
     come = f"; it comes from {PUBLISHED[name].source}" if name in PUBLISHED else ""
     if file:
-        raise UsageError(f"--teachers {name}={file}: no such file{come}")
+        raise UsageError(f"--teachers {name}={file}: no such file{come or '; check the path'}")
     raise UsageError(f"--teachers {name}: no file {found[0]}; pass {name}=FILE{come}")
 
 

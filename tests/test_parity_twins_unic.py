@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from methods.ladder import Ladder
+from models.ladder import Ladder
 from tests.twins import agrees, golden, random, randomise, rewrite, stored
 
 KINDS = ("cls", "patch")

@@ -9,15 +9,17 @@ import yaml
 
 import visualize_attention
 import visualize_neighbours
+import visualize_relative
 import visualize_tsne
 from eval_finetuning import extract_backbone_weights_for_finetuning as extract
 from eval_knn import eval_knn
 from eval_linear import eval_linear
+from eval_zero_shot import eval_zero_shot
 from evaluation.finetune_options import get_args_parser as finetune_parser
 from training.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
-EVALUATIONS = ("eval_finetuning/README.md", "eval_knn/README.md", "eval_linear/README.md")
+EVALUATIONS = [f"eval_{name}/README.md" for name in ("finetuning", "knn", "linear", "zero_shot")]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", *EVALUATIONS, "benchmarks/RESULTS.md")]
 DOCUMENTS += sorted((ROOT / "configs").glob("*/README.md"))
 WRITTEN_BY_A_RUN = {"log.txt"}
@@ -52,6 +54,8 @@ def test_a_documented_command_parses(document, command):
         "eval_finetuning/extract_backbone_weights_for_finetuning.py": lambda argv: extract.paths(
             extract.get_args_parser().parse_args(argv)
         ),
+        "eval_zero_shot/eval_zero_shot.py": lambda argv: eval_zero_shot.get_args_parser().parse_args(argv),
+        "visualize_relative.py": lambda argv: visualize_relative.get_args_parser().parse_args(argv),
         "visualize_attention.py": lambda argv: visualize_attention.get_args_parser().parse_args(argv),
         "visualize_tsne.py": lambda argv: visualize_tsne.get_args_parser().parse_args(argv),
         "visualize_neighbours.py": lambda argv: visualize_neighbours.get_args_parser().parse_args(argv),

@@ -16,6 +16,7 @@ ROOMS = {  # what the files of a room may import of ours, beside their own room
     "training": {"methods", "evaluation", "models", "data", "simulation"} | BENEATH,
     "eval_knn": {"evaluation", "models", "data"} | BENEATH,
     "eval_linear": {"evaluation", "models", "data"} | BENEATH,
+    "eval_zero_shot": {"evaluation", "models", "data"} | BENEATH,
     "eval_finetuning": {"evaluation", "models", "data"} | BENEATH,
 }
 

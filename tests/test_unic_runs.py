@@ -1,10 +1,12 @@
 """UNIC from the command line, from teachers that are files, on real processes."""
 
+import logging
 import shutil
 
 import pytest
 import torch
 
+import main_pretrain
 from models import build_backbone
 from models.checkpoints import network_from_file
 from tests.launch import assert_same_run, finish, load, make_images, run_here, start, wait_for_line
@@ -69,6 +71,27 @@ def test_two_processes_equal_one_with_two_pieces(images, teachers, uninterrupted
     options = {**UNIC, "data_path": images, "teachers": named(teachers), "batch_size_per_gpu": 4}
     finish(start(nproc=2, **options, output_dir=tmp_path))
     assert_same_run(uninterrupted, tmp_path, rtol=1e-6, atol=1e-9)
+
+
+def test_the_start_says_who_teaches_and_what_a_batch_of_each_costs(images, teachers, tmp_path, monkeypatch, caplog):
+    options = {**UNIC, "data_path": images, "teachers": named(teachers), "output_dir": tmp_path, "epochs": 1}
+    caplog.set_level(logging.INFO)
+
+    def lines(**more) -> list[str]:
+        caplog.clear()
+        run_here(monkeypatch, **options | more)
+        return [line for line in caplog.text.splitlines() if " ms for " in line]
+
+    shown = lines(accum_iter=2)
+    said = caplog.text
+    assert "teacher first: vit_tiny/8 from" in said and "M parameters, 192 wide, sees images of 16 pixels" in said
+    assert "apart for class tokens and patches: first (192 dimensions), second (128 dimensions)" in said
+    assert [line.split("teacher ")[1].split(":")[0] for line in shown] == ["first", "second"]
+    assert all(" ms for 4 images, " in line for line in shown)
+    assert lines(accum_iter=2) == []  # a run that goes on
+    monkeypatch.setattr(main_pretrain, "measure_frozen", lambda run: None)
+    lines(accum_iter=2, output_dir=tmp_path / "unmeasured")
+    assert_same_run(tmp_path, tmp_path / "unmeasured")
 
 
 def test_killed_and_continued_with_teachers_from_elsewhere_ends_with_the_same_bits(

@@ -25,4 +25,27 @@ def diagnose(values: dict[str, float]) -> dict[str, str]:
             f"the features of a batch lie on a line (effective rank {values['effective_rank']:.2f}): dimensional "
             "collapse; lower the learning rate, and look at the crops in TensorBoard"
         )
+    return found | _of_frozen_teachers(values)
+
+
+def _of_frozen_teachers(values: dict[str, float]) -> dict[str, str]:
+    """Of a student of several: what it learns of each, and whether what it is told stands still."""
+    found = {}
+    for measure, value in values.items():
+        kind, _, name = measure.partition("_of_")
+        if kind == "relative_loss" and value > 0.98:
+            found[f"silence about {name}"] = (
+                f"of teacher {name} the student has learnt nothing: its class tokens cost {value:.2f} of what zeros "
+                "would; raise --lr or the widths of --lp_args, and look whether its file holds what it should"
+            )
+        if kind == "hardest" and value > 0.95:
+            found[f"one teacher, {name}"] = (
+                f"teacher {name} is the hardest for {value:.0%} of the images, and only the others are ever left out; "
+                "--t_drop_prob 0 keeps all for every image; look whether its file holds what it should"
+            )
+    if values.get("statistics_drift", 0.0) > 0.5:
+        found["drift"] = (
+            f"what teachers are standardised by moves by {values['statistics_drift']:.2f} of a spread in a step, so "
+            "that targets do not stand still; take more images per step, or lower --tnorm_ema_momentum_start"
+        )
     return found

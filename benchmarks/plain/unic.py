@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from methods.base import Clock
-from methods.standardise import EPS
 from methods.unic import UNIC
 from models.stochastic_depth import BatchDraws
+from models.teacher_space import EPS
 from models.vit import VisionTransformer
 from plain import textbook
 

@@ -3,7 +3,8 @@ import itertools
 import pytest
 import torch
 
-from methods.ladder import KINDS, Ladder, hidden_widths, ladder_arguments, ladder_options
+from methods.ladder import hidden_widths, ladder_options
+from models.ladder import KINDS, Ladder, ladder_arguments
 from utils import UsageError
 
 NORMS = list(itertools.product([False, True], repeat=2))

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from methods.base import Clock
-from methods.ladder import Ladder, ladder_arguments
 from methods.unic import UNIC, Student, keep_teachers, mean_of_kept, token_losses
+from models.ladder import Ladder, ladder_arguments
 from models.layouts.names import below
 from models.layouts.shapes import vit_arguments
 from models.reading import read_backbone
@@ -158,7 +159,38 @@ def test_measures_say_what_each_teacher_costs_and_how_often_it_is_kept():
     assert losses["kept/a"] == losses["kept/b"] == 1
     method.after_step(clock(), None)
     health = method.health()
-    assert set(health) == {"effective_rank", "statistics_drift"} and health["statistics_drift"] > 0
+    of_teachers = {f"{what}_of_{t}" for what in ("relative_loss", "hardest") for t in "ab"}
+    assert set(health) == {"effective_rank", "statistics_drift"} | of_teachers and health["statistics_drift"] > 0
+
+
+def test_health_counts_the_images_of_the_epoch_and_what_a_silent_student_would_cost():
+    method, shown = small_unic(weights=(0.3, 0.7)), [batch(3), batch(5)]
+    costs, silent, hits, images = torch.zeros(2).double(), torch.zeros(2).double(), torch.zeros(2), 0
+    for piece in shown:
+        (crop,) = piece["crops"]
+        projected = method.student.lp(method.student.encoder.forward_blocks(crop))
+        targets = method.standardisation({teacher.name: teacher(crop) for teacher in method.teachers})
+        losses = token_losses(projected, targets, (0.3, 0.7))
+        zeros = {name: (torch.zeros_like(c), torch.zeros_like(p)) for name, (c, p) in targets.items()}
+        costs += losses[:, 0].sum(dim=1)
+        silent += token_losses(zeros, targets, (0.3, 0.7))[:, 0].sum(dim=1)
+        hits += torch.bincount(losses.mean(dim=1).argmax(dim=0), minlength=2)
+        images += len(crop)
+    method(batch(6), clock())  # of another epoch
+    for piece in shown:
+        method(piece, replace(clock(), epoch=1))
+    method({"crops": [torch.full((3, 3, 16, 16), float("nan")).double()]}, replace(clock(), epoch=1))
+    method._features = torch.randn(4, 12).double()
+    health = method.health()
+    for place, name in enumerate("ab"):
+        torch.testing.assert_close(health[f"relative_loss_of_{name}"], (costs / silent)[place])
+        assert health[f"hardest_of_{name}"] == hits[place] / 64  # of few images a share says little
+    other = small_unic()
+    other.load_epoch_state(method.epoch_state())
+    assert torch.equal(other.record.sums, method.record.sums)
+    other.load_epoch_state({})  # of a file of before
+    other.load_epoch_state({"epoch": 1, "sums": torch.stack((method.record.sums, method.record.sums))})
+    assert torch.equal(other.record.sums, 2 * method.record.sums)
 
 
 def test_files_have_the_originals_names_and_load_again():

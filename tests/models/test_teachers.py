@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from data.preprocess import MEAN, STD
 from methods.base import Clock
-from models import build_backbone
+from models import build_backbone, library
 from models.batch_norm import synchronise_batch_norm
 from models.checkpoints import weights_hash
 from models.teachers import CLIP, IMAGENET, PUBLISHED, Pixels, Teacher, build_teachers, check_teachers
@@ -276,7 +276,7 @@ def test_files_that_cannot_be_teachers_are_refused_in_one_line(tmp_path, file):
     torch.save(incomplete, tmp_path / "incomplete.pth")
     wide = build_backbone("timm/mobilenetv3_small_050")
     for text, words in (
-        (f"mine={tmp_path / 'none.pth'}", "no such file"),
+        (f"mine={tmp_path / 'none.pth'}", "no such file; check the path"),
         (
             f"dino_vitbase_16={tmp_path / 'none.pth'}",
             "no such file; it comes from https://dl.fbaipublicfiles.com/dino/",
@@ -290,6 +290,27 @@ def test_files_that_cannot_be_teachers_are_refused_in_one_line(tmp_path, file):
         with pytest.raises(UsageError) as refused:
             build_teachers(text, 32, 8, download=False)
         assert words in str(refused.value) and "\n" not in str(refused.value), refused.value
+
+
+class Rows(nn.Module):
+    """Features that lie in a row."""
+
+    def forward_features(self, images):
+        return torch.zeros(len(images), 1 + 5, 4)
+
+    def forward_head(self, tokens, pre_logits):
+        return tokens[:, 0]
+
+    num_prefix_tokens = 1
+
+
+def test_a_grid_that_cannot_be_made_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(library, "timm_backbone", lambda *args, **more: Rows())
+    with pytest.raises(
+        UsageError, match=r"--teachers timm/resnet18: its features \(1, 5, 4\) are no square grid of"
+    ) as error:
+        build_teachers("timm/resnet18", 32, 8, download=True)
+    assert "\n" not in str(error.value)
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------

@@ -9,14 +9,16 @@ import torch
 import torch.nn as nn
 
 from methods.base import Clock
-from methods.ladder import KINDS, Ladder, hidden_widths, ladder_arguments, ladder_options
-from methods.standardise import EPS, Standardisation
+from methods.ladder import hidden_widths, ladder_options
+from methods.standardise import Standardisation
 from methods.unic import UNIC, Student, distances, keep_teachers, mean_of_kept, optimiser_options, token_losses
 from methods.unic_files import student_from_file, student_to_file
+from models.ladder import KINDS, Ladder, ladder_arguments
 from models.layouts.names import below
 from models.layouts.shapes import vit_arguments
 from models.reading import read_backbone
 from models.safe_load import load_file
+from models.teacher_space import EPS, teacher_space
 from models.vit import VisionTransformer
 from tests.parity import Case
 from tests.parity.losses import on_ranks
@@ -326,8 +328,14 @@ def ladder_of_checkpoint(case: Case, name: str, file: dict, encoder: VisionTrans
     projected = student.lp(student.encoder.forward_blocks(images), student.encoder.num_prefix_tokens)
     for label in case.names("out/lp"):
         teacher, kind = label.split("/")[-2:]
-        y = projected[teacher][KINDS.index(kind)]
-        value = statistics.inverse(teacher, kind, y) if "unstandardised" in label else y
+        value = projected[teacher][KINDS.index(kind)]
+        if "unstandardised" in label:
+            space = teacher_space(student.encoder, below(student.state_dict(), "lp."), stored, teacher)
+            space.to(case.dtype)
+            tokens, alone = space.forward_features(images), space(images)
+            value = {"cls": tokens[:, 0], "patch": tokens[:, 1:]}[kind]
+            if kind == "cls":
+                yield f"{label} of {name}, alone", alone, case.arrays[label], case.tolerance_of("native")
         yield f"{label} of {name}", value, case.arrays[label], case.tolerance_of("native")
 
 

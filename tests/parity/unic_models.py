@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from evaluation.zero_shot import LOGIT_SCALE, class_logits, unstandardised
+from evaluation.zero_shot import LOGIT_SCALE, class_logits, read_projection
 from models.blocks import Block
 from models.checkpoints import load_tensors
 from models.layouts.clip import from_open_clip
@@ -13,6 +13,7 @@ from models.layouts.shapes import vit_arguments
 from models.layouts.table import CHUNKED
 from models.reading import read_backbone
 from models.stochastic_depth import BatchDraws, kept_samples
+from models.teacher_space import EPS, unstandardised
 from models.teachers import IMAGENET, Pixels, Teacher
 from models.vit import Variant, VisionTransformer
 from tests.parity import Case
@@ -127,11 +128,13 @@ def teacher_openclip(case: Case) -> Iterator[tuple]:
     for name in ("embed_dim", "depth", "patch_size", "img_size"):
         yield f"parameters {name}", vit_arguments(state)[name], p[name], EXACT
     yield "parameters logit_scale", LOGIT_SCALE, p["logit_scale"], EXACT
+    yield "parameters std_eps", EPS, p["std_eps"], EXACT
     images = case.tensor("in/image")
     classes, patches = teacher("clip", network.to(case.dtype), images)(images)
     yield "out/cls", classes, case.arrays["out/cls"]
     yield "out/patch", patches, case.arrays["out/patch"]
-    projection = state["head.weight"].to(case.dtype)
+    projection = read_projection(case.folder / p["file"], network.embed_dim).to(case.dtype)
+    yield "parameters proj_dim", len(projection), p["proj_dim"], EXACT
     yield "out/projected", classes @ projection.t(), case.arrays["out/projected"]
     statistics = case.tensor("in/zs_mean"), case.tensor("in/zs_std")
     features = unstandardised(case.tensor("in/zs_student_pred"), *statistics)

@@ -45,3 +45,15 @@ def test_a_healthy_run_is_left_alone():
 
 def test_features_on_a_line_are_named():
     assert set(diagnose({"effective_rank": 1.01, "entropy_over_ln_k": 0.5, "loss_over_ln_k": 0.7})) == {"flat features"}
+
+
+def test_what_goes_wrong_with_frozen_teachers_is_named_with_the_teacher():
+    healthy = {"effective_rank": 9.0, "statistics_drift": 0.1, "relative_loss_of_a": 0.7, "hardest_of_a": 0.6}
+    assert diagnose(healthy) == {}
+    for measure, value, said in (
+        ("relative_loss_of_a", 0.99, "of teacher a the student has learnt nothing: its class tokens cost 0.99"),
+        ("hardest_of_a", 0.99, "teacher a is the hardest for 99% of the images"),
+        ("statistics_drift", 0.7, "moves by 0.70 of a spread in a step"),
+    ):
+        ((_, text),) = diagnose(healthy | {measure: value}).items()
+        assert said in text and "; " in text
