@@ -64,6 +64,8 @@ from utils import (
     run_cli,
 )
 
+QUIET_EPOCHS = 2  # of the warm-up, before a run's health is judged
+
 
 @dataclass
 class Run:
@@ -277,7 +279,8 @@ def build(
     prepare_blocks(method, args)
     method = synchronise_batch_norm(method)
     model = share(method, world)
-    monitor = Monitor(Path(args.output_dir), args.epochs, niter, args.print_freq, global_batch, world)
+    quiet = max(1, min(args.warmup_epochs, QUIET_EPOCHS))
+    monitor = Monitor(Path(args.output_dir), args.epochs, niter, args.print_freq, global_batch, world, quiet)
     return Run(
         args=args,
         world=world,

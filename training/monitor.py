@@ -45,10 +45,20 @@ class Meter:
 
 
 class Monitor:
-    def __init__(self, output_dir: Path, epochs: int, niter: int, print_freq: int, batch: int, world: World):
+    def __init__(
+        self,
+        output_dir: Path,
+        epochs: int,
+        niter: int,
+        print_freq: int,
+        batch: int,
+        world: World,
+        quiet_epochs: int = 0,
+    ):
+        """``quiet_epochs``: the first ones, in which health is not judged, since every run begins uniform."""
         self.output_dir, self.epochs, self.niter, self.print_freq = output_dir, epochs, niter, print_freq
         self.batch, self.world = batch, world
-        self.quiet_iterations = 0  # health is not judged before: every run begins uniform
+        self.quiet_iterations = quiet_epochs * niter
         self.meters: dict[str, Meter] = {}
         self.writer = None
         self._arriving: deque[tuple] = deque()
@@ -140,11 +150,11 @@ class Monitor:
         }
         for name, value in scalars.items():
             self.writer.add_scalar(name if "/" in name else f"train/{name}", value, clock.iteration)
-        if clock.iteration > self.quiet_iterations:
+        if share > 0.3 and len(times.recent) == WINDOW:
+            self.warn({"data": f"{share:.0%} of the time is spent waiting for images; raise --num_workers"})
+        if clock.iteration >= self.quiet_iterations:
             health = {name.removeprefix("health/"): v for name, v in values.items() if name.startswith("health/")}
             self.warn(diagnose(health) if all(map(math.isfinite, health.values())) else {})
-            if share > 0.3 and len(times.recent) == WINDOW:
-                self.warn({"data": f"{share:.0%} of the time is spent waiting for images; raise --num_workers"})
 
     def warn(self, problems: dict[str, str]) -> None:
         """Say each problem once per epoch."""

@@ -115,6 +115,18 @@ def test_a_problem_is_said_once_per_epoch(monitor, tmp_path, caplog):
     assert caplog.text.count("the loss stays") == 1
 
 
+def test_health_is_not_judged_in_the_first_epochs_of_which_every_one_begins_uniform(tmp_path, caplog):
+    m = Monitor(tmp_path, 4, 2, 1, 8, World(0, 1, 0, torch.device("cpu")), quiet_epochs=1)
+    m.open(0, 0)
+    for iteration in range(3):
+        assert ("lie on a line" in caplog.text) == (iteration > 2)
+        health = {"effective_rank": torch.tensor(1.0)}
+        m.step({"loss": torch.tensor(1.0)}, health, Clock(iteration // 2, iteration), 0.0)
+    m.end_epoch(1, {})
+    assert caplog.text.count("lie on a line") == 1
+    m.close()
+
+
 def test_a_meter_shows_the_median_of_the_last_values_and_the_mean_of_all():
     meter = Meter()
     for value in range(100):
