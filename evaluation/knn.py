@@ -21,19 +21,22 @@ QUERIES = 512  # test images compared at once
 
 
 def nearest_neighbours(
-    bank: torch.Tensor, queries: torch.Tensor, k: int, working_bytes: int = WORKING_BYTES
+    bank: torch.Tensor, queries: torch.Tensor, k: int, working_bytes: int = WORKING_BYTES, cosine: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``k`` rows of ``bank`` (images, dim) with the largest cosine similarity to every row of ``queries``.
+
+    Without ``cosine`` the similarity is the dot product of the features as they are (UNIC's features_norm none).
 
     Returns similarities and row numbers, both (queries, k), most similar first. The bank is read in pieces that take
     no more than ``working_bytes``, normalised and compared, and the best of all pieces so far are kept.
     """
-    k, queries = min(k, len(bank)), F.normalize(queries, dim=1)
+    normalise = (lambda rows: F.normalize(rows, dim=1)) if cosine else (lambda rows: rows)
+    k, queries = min(k, len(bank)), normalise(queries)
     rows = max(1, working_bytes // (sum(queries.shape) * bank.element_size()))
     best = queries.new_empty(len(queries), 0)
     indices = best.long()
     for start in range(0, len(bank), rows):
-        piece = queries @ F.normalize(bank[start : start + rows], dim=1).T
+        piece = queries @ normalise(bank[start : start + rows]).T
         similarities, found = piece.topk(min(k, piece.shape[1]))
         del piece  # before the next one is made
         best, indices = torch.cat((best, similarities), dim=1), torch.cat((indices, found + start), dim=1)
@@ -55,12 +58,13 @@ def neighbours_in_chunks(
     k: int,
     num_classes: int,
     working_bytes: int = WORKING_BYTES,
+    cosine: bool = True,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """For a slice of test images at a time: their neighbours' similarities and labels, both (images, k)."""
     step = max(1, min(QUERIES, working_bytes // (num_classes * train_features.element_size())))
     for start in range(0, len(test_features), step):
         part = slice(start, min(start + step, len(test_features)))
-        similarities, indices = nearest_neighbours(train_features, test_features[part], k, working_bytes)
+        similarities, indices = nearest_neighbours(train_features, test_features[part], k, working_bytes, cosine)
         yield part, similarities, train_labels[indices]
 
 
@@ -84,6 +88,7 @@ def knn_classify(
     num_classes: int | None = None,
     world: World | None = None,
     working_bytes: int = WORKING_BYTES,
+    cosine: bool = True,
 ) -> Accuracies:
     """Top-1 and top-5 accuracy in percent for every k in ``ks``.
 
@@ -98,7 +103,8 @@ def knn_classify(
     if world is not None:
         test_features, test_labels = test_features[world.rank :: world.size], test_labels[world.rank :: world.size]
     correct = torch.zeros(len(ks), 2, dtype=torch.long, device=test_features.device)
-    chunks = neighbours_in_chunks(train_features, train_labels, test_features, max(ks), num_classes, working_bytes)
+    options = (max(ks), num_classes, working_bytes, cosine)
+    chunks = neighbours_in_chunks(train_features, train_labels, test_features, *options)
     for part, similarities, labels in chunks:
         # relative to the best one: the same ranking, and no overflow at low temperatures
         relative = similarities - similarities[:, :1]
