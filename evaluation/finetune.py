@@ -14,7 +14,15 @@ from data.loader import steps_per_epoch
 from data.preprocess import MEAN, STD, eval_transform
 from evaluation.finetune_network import build_network
 from evaluation.finetune_run import FinetuneRun, load_to_test, open_writer, resume, save, write_scalars
-from evaluation.finetune_steps import Stepper, drop_path_draws, mix, seed_dropout, smoothed, soft_cross_entropy
+from evaluation.finetune_steps import (
+    Stepper,
+    drop_path_draws,
+    mix,
+    seed_dropout,
+    smoothed,
+    soft_cross_entropy,
+    weight_average,
+)
 from evaluation.run import (
     labelled_batches,
     means_over_images,
@@ -58,9 +66,7 @@ def build_run(args: argparse.Namespace, world: World) -> FinetuneRun:
     )
     log.info(f"{run.n_parameters / 1e6:.2f} M parameters, {images} images per step, {niter} steps per epoch")
     if args.model_ema:
-        from timm.utils import ModelEmaV3
-
-        run.ema = ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+        run.ema = weight_average(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
     if world.size > 1 and not args.eval:
         run.model = distributed(model, world.device)
     return run

@@ -69,7 +69,7 @@ def ridge_regression(
 
 
 class _Problem:
-    """The objective of every penalty, its gradient, and products with its Hessian, at weights (penalties, classes, dim)."""
+    """Objective of every penalty, gradient, and products with the Hessian, at weights (penalties, classes, dim)."""
 
     def __init__(self, features, labels, num_classes, penalties, intercept, working_bytes):
         self.features, self.labels = features, labels
@@ -137,7 +137,7 @@ def _norm(a: torch.Tensor) -> torch.Tensor:
 
 
 def _newton_direction(problem: _Problem, gradient, start, active) -> torch.Tensor:
-    """Solves Hessian * direction = -gradient, the closer the nearer the optimum, for all ``active`` problems at once."""
+    """Hessian * direction = -gradient, solved the closer the nearer the optimum, all ``active`` problems at once."""
     norm = _norm(gradient)
     tolerance = norm * (norm / start).sqrt().clamp(max=0.5)
     direction, residual = torch.zeros_like(gradient), -gradient

@@ -129,7 +129,7 @@ class Found(NamedTuple):
 
 def searched(
     classify: Callable,
-    search,  # noqa: ANN001 (Drawn or Tpe of evaluation/search.py)
+    search,
     trials: int,
     at_once: int,
     trainval: tuple[torch.Tensor, torch.Tensor],
