@@ -31,8 +31,15 @@ def get_args_parser() -> Parser:
     add_head_argument(group)
     add_data_arguments(parser.add_argument_group("data"))
     add = parser.add_argument_group("k-NN").add_argument
-    add("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=int, help="numbers of neighbours; 20 is usually best")
-    add("--temperature", default=0.07, type=float, help="of the votes exp(similarity / temperature)")
+    add(
+        "--nb_knn",
+        "--knn_k",
+        default=[10, 20, 100, 200],
+        nargs="+",
+        type=int,
+        help="numbers of neighbours; 20 is usually best",
+    )
+    add("--temperature", "--knn_temp", default=0.07, type=float, help="of the votes exp(similarity / temperature)")
     add(
         "--subset_starts",
         default=[0],
@@ -45,6 +52,7 @@ def get_args_parser() -> Parser:
     add = parser.add_argument_group("results").add_argument
     add("--dump_features", default=None, metavar="DIR", help="keep the features here, and use them if they are there")
     add("--load_features", default=None, metavar="DIR", help="use the features kept here, or stop if they are others")
+    add("--feature_cache", default=None, metavar="DIR", help="features of all evaluations, each extracted once")
     add("--output_dir", default=".", help="where eval_knn.json is written")
     add_process_arguments(parser.add_argument_group("processes"))
     return parser
@@ -59,6 +67,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--subset_starts {min(args.subset_starts)}: the first image of a class is 0")
     if args.subset_starts != [0] and args.subset in (None, ALL):
         raise UsageError("--subset_starts chooses the first image of a --subset, and there is none; pass --subset too")
+    if args.feature_cache and (args.dump_features or args.load_features):
+        raise UsageError("--feature_cache keeps the features itself; leave out --dump_features and --load_features")
     if "," in args.checkpoint_key and (args.dump_features or args.load_features):
         raise UsageError(f"--checkpoint_key {args.checkpoint_key}: features are kept of one network; pass one key")
     check_common_arguments(args)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from data.datasets import ALL, BadImage, Source
+from data.datasets import ALL, Source
 from data.decode import reading_from
 from data.index import refresh_indices
 from data.preprocess import eval_transform
 from data.published import place_from
 from evaluation.baselines import BINS, RAW_SIDE, colour_histogram, raw_pixels
-from evaluation.cache import FeatureCache
+from evaluation.cache import FeatureCache, FeatureStore, Preparation, still_unreadable
 from evaluation.features import Feature, extract_features
 from evaluation.knn import (
     Accuracies,
@@ -160,6 +160,8 @@ def without(run: KnnRun, part: str, unreadable: Sequence[Unreadable]) -> None:
 def network_features(run: KnnRun) -> list[torch.Tensor]:
     """Normalised features of the train and the test images, from a folder where one is given and fits."""
     args, sets, world, network = run.args, run.sets, run.world, run.network
+    if args.feature_cache:
+        return stored_features(run)
     key = {}
     if args.load_features or args.dump_features:
         cache = FeatureCache(args.load_features or args.dump_features)
@@ -168,7 +170,7 @@ def network_features(run: KnnRun) -> list[torch.Tensor]:
             "weights": weights_hash(network.model),
             "arch": network.label,
             "feature": f"{run.feature}, L2-normalised",
-            "preprocessing": f"resize {sets.resize_size} bicubic, centre crop {sets.crop_size}, ImageNet normalisation",
+            "preprocessing": str(Preparation(sets.crop_size, sets.resize_size)),
             "train": sets.train.fingerprint,
             "test": sets.test.fingerprint,
         }
@@ -190,22 +192,23 @@ def network_features(run: KnnRun) -> list[torch.Tensor]:
     return both
 
 
+def stored_features(run: KnnRun) -> list[torch.Tensor]:
+    """The same, from --feature_cache."""
+    store, found = FeatureStore(run.args.feature_cache), {}
+    options = {"batch_size": run.args.batch_size_per_gpu, "num_workers": run.args.num_workers}
+    preparation = Preparation(run.sets.crop_size, run.sets.resize_size)
+    for part in ("test", "train"):
+        wanted = (run.network, run.source(part), preparation, [run.feature])
+        (rows,), unreadable = store.features(*wanted, world=run.world, **options)
+        without(run, part, unreadable)
+        found[part] = F.normalize(rows, dim=1)
+    return [found["train"], found["test"]]
+
+
 def noted(unreadable: dict[str, Sequence[Unreadable]]) -> dict:
     """What the key of kept features says of images without a row; nothing where there are none."""
     indices = {part: [image.index for image in images] for part, images in unreadable.items()}
     return {"unreadable": indices} if any(indices.values()) else {}
-
-
-def still_unreadable(source: Source, indices: Sequence[int]) -> list[Unreadable]:
-    """Those of the images ``indices`` that cannot be read now either: mended ones are part of the set again."""
-    found = []
-    for index in indices:
-        try:
-            if 0 <= index < len(source):
-                source.pil(index)
-        except BadImage as error:
-            found.append(Unreadable(index, error.name, error.reason))
-    return found
 
 
 def classify(run: KnnRun, bank: torch.Tensor, queries: torch.Tensor) -> dict[int, Accuracies]:

@@ -3,7 +3,7 @@
 import argparse
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from data.loader import TrainLoader
 from data.preprocess import eval_transform
 from data.published import place_from
 from data.views import LinearViews
-from evaluation.features import CLS, Feature, token_features
+from evaluation.features import CLS, Feature, feature_widths, token_features
 from evaluation.linear_heads import LinearHeads, Probe, Recipe, best_head, cosine_factor, heads_of, initial_heads
 from evaluation.linear_run import (
     SWEEPS,
@@ -61,12 +61,6 @@ def build_run(args: argparse.Namespace, world: World) -> LinearRun:
     run = LinearRun(**common, features=features, recipes=recipes, probe=Probe(groups))
     log.info(f"linear heads: {len(run.probe)}, on {'; '.join(map(str, features))}; lr is multiplied by {scale:g}")
     return run
-
-
-@torch.no_grad()
-def feature_widths(model, features: Sequence[Feature], crop_size: int, device: torch.device) -> list[int]:
-    image = torch.zeros(1, 3, crop_size, crop_size, device=device)
-    return [feature.shape[1] for feature in token_features(model, image, features)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
