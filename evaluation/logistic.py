@@ -7,17 +7,19 @@ For every penalty l the weights W (classes, dim) are those that minimise
 a strongly convex function: whoever finds its optimum has the numbers of the solvers that the originals call (cyanure in
 iBOT, Mugs and UDI; scikit-learn in t-ReX and UNIC, whose C is 1 / (l n), with an intercept that is not penalised).
 
-Newton steps by conjugate gradients (Nocedal and Wright, chapter 7): a product with the Hessian is two products with the
-features, and those of all penalties are one. Every problem has its own step lengths and stops by itself.
+Newton steps by preconditioned conjugate gradients (Nocedal and Wright, chapter 7): a product with the Hessian is two
+products with the features, and those of all penalties are one. Every problem has its own step lengths and stops by itself.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 WORKING_BYTES = 512 * 2**20  # of logits at a time, whatever the number of images
-MAX_STEPS, MAX_PRODUCTS, MAX_HALVINGS = 200, 500, 40
+MAX_STEPS, MAX_PRODUCTS, MAX_HALVINGS = 200, 200, 40
 ENOUGH = {torch.float64: 1e-10, torch.float32: 1e-5}  # norm of the gradient over that of the start
 
 
@@ -43,44 +45,60 @@ def ridge_regression(
     num_classes: int,
     penalties: Sequence[float],
     intercept: bool = False,
+    enough: float | None = None,
+    products: float = math.inf,
     working_bytes: int = WORKING_BYTES,
 ) -> Solution:
-    """The optimum for each of ``penalties``, in the precision of ``features`` (images, dim); labels (images,)."""
-    if intercept:
-        features = torch.cat((features, torch.ones_like(features[:, :1])), dim=1)
-    problem = _Problem(features, labels, num_classes, penalties, intercept, working_bytes)
-    weight = features.new_zeros(len(penalties), num_classes, features.shape[1])
+    """The optimum for each of ``penalties``, in the precision of ``features`` (images, dim); labels (images,).
+
+    ``enough``: the norm of the gradient, over that at the start, with which a problem counts as solved; left out: what
+    the precision allows. ``products`` with the Hessian: where to give up, with what was reached.
+    """
+    middle = features.mean(dim=0) if intercept else torch.zeros_like(features[0])
+    centred = features - middle  # changes nothing but the intercept
+    spread, axes = torch.linalg.eigh(centred.T @ centred / len(features))
+    problem = _Problem(centred @ axes, labels, num_classes, penalties, intercept, spread.clamp(min=0), working_bytes)
+    weight = features.new_zeros(len(penalties), num_classes, problem.features.shape[1])
     objective, gradient = problem.value_and_gradient(weight)
     start = _norm(gradient)
-    enough = start * ENOUGH[features.dtype]
+    aim = start * (enough or ENOUGH[features.dtype])
     active = torch.ones_like(start, dtype=torch.bool)
     for _ in range(MAX_STEPS):
-        active &= _norm(gradient) > enough
-        if not active.any():
+        active &= _norm(gradient) > aim
+        if not active.any() or problem.products >= products:
             break
         direction = _newton_direction(problem, gradient, start, active)
         length = _step_length(problem, weight, direction, objective, gradient, active)
         active &= length > 0  # no step decreases what rounding has the last word on
         weight = weight + length[:, None, None] * direction
         objective, gradient = problem.value_and_gradient(weight)
-    bias = weight[..., -1] if intercept else weight.new_zeros(weight.shape[:2])
-    converged = _norm(gradient) <= enough.clamp(min=torch.finfo(features.dtype).eps * 1e3)
-    return Solution(weight[..., :-1] if intercept else weight, bias, objective, converged)
+    converged = _norm(gradient) <= aim.clamp(min=torch.finfo(features.dtype).eps * 1e3)
+    found = weight[..., : len(spread)] @ axes.T
+    bias = weight[..., -1] - found @ middle if intercept else weight.new_zeros(weight.shape[:2])
+    bias = bias - bias.mean(dim=1, keepdim=True)  # which nothing else decides
+    return Solution(found, bias, objective, converged)
 
 
 class _Problem:
-    """Objective of every penalty, gradient, and products with the Hessian, at weights (penalties, classes, dim)."""
+    """Objective of every penalty, gradient, and products with the Hessian, at weights (penalties, classes, dim).
 
-    def __init__(self, features, labels, num_classes, penalties, intercept, working_bytes):
-        self.features, self.labels = features, labels
-        self.penalties = torch.tensor(penalties, dtype=features.dtype, device=features.device)
-        self.ridge = self.penalties[:, None, None].expand(-1, 1, features.shape[1]).clone()
+    Features are given along their principal axes, of variances ``spread``: there the diagonal of the Hessian is most of
+    it, and ``precondition`` divides by an estimate of it.
+    """
+
+    def __init__(self, features, labels, num_classes, penalties, intercept, spread, working_bytes):
+        self.labels = labels
+        penalties = torch.tensor(penalties, dtype=features.dtype, device=features.device)
+        ridge = penalties[:, None, None].expand(-1, 1, features.shape[1])
         if intercept:
-            self.ridge[..., -1] = 0
+            features = torch.cat((features, torch.ones_like(features[:, :1])), dim=1)
+            ridge, spread = F.pad(ridge, (0, 1)), F.pad(spread, (0, 1), value=1.0)
+        self.features, self.ridge, self.spread = features, ridge, spread
         self.rows = max(1, working_bytes // (len(penalties) * num_classes * features.element_size()))
         self.probabilities: list[torch.Tensor] = []  # kept where all of them fit
+        self.products = 0
 
-    def _chunks(self):
+    def _chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in range(0, len(self.features), self.rows):
             part = slice(start, start + self.rows)
             yield self.features[part], self.labels[part]
@@ -103,8 +121,8 @@ class _Problem:
         return total
 
     def value_and_gradient(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Remembers the probabilities, for ``curvature`` at these weights."""
-        self.weight, self.probabilities = weight, []
+        """Remembers the probabilities, for ``curvature`` and ``precondition`` at these weights."""
+        self.weight, self.probabilities, variance = weight, [], 0.0
         total, gradient = (self.ridge * weight.square()).sum(dim=(1, 2)) / 2, self.ridge * weight
         for x, y in self._chunks():
             logits = self._logits(x, weight)
@@ -112,20 +130,26 @@ class _Problem:
             normaliser = logits.logsumexp(dim=2, keepdim=True)
             total = total + (normaliser - logits.gather(2, index)).sum(dim=(0, 2)) / len(self.features)
             probabilities = (logits - normaliser).exp()
+            variance = variance + (probabilities * (1 - probabilities)).sum(dim=0) / len(self.features)
             if self.rows >= len(self.features):
                 self.probabilities = [probabilities]
             errors = probabilities.scatter_add(2, index, torch.full_like(probabilities[..., :1], -1.0))
             gradient = gradient + self._back(errors, x)
+        diagonal = variance[..., None] * self.spread + self.ridge
+        self._inverse = 1 / diagonal.clamp(min=torch.finfo(weight.dtype).tiny ** 0.5)
         return total, gradient
 
     def curvature(self, direction: torch.Tensor) -> torch.Tensor:
         """The Hessian's product with ``direction``: (penalties, classes, dim)."""
-        product = self.ridge * direction
+        product, self.products = self.ridge * direction, self.products + 1
         for x, _ in self._chunks():
             p = self.probabilities[0] if self.probabilities else self._logits(x, self.weight).softmax(dim=2)
             change = self._logits(x, direction)
             product = product + self._back(p * (change - (p * change).sum(dim=2, keepdim=True)), x)
         return product
+
+    def precondition(self, residual: torch.Tensor) -> torch.Tensor:
+        return residual * self._inverse
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -141,7 +165,8 @@ def _newton_direction(problem: _Problem, gradient, start, active) -> torch.Tenso
     norm = _norm(gradient)
     tolerance = norm * (norm / start).sqrt().clamp(max=0.5)
     direction, residual = torch.zeros_like(gradient), -gradient
-    search, squared = residual, _dot(residual, residual)
+    search = problem.precondition(residual)
+    squared = _dot(residual, search)
     working = active.clone()
     for _ in range(MAX_PRODUCTS):
         product = problem.curvature(search)
@@ -149,11 +174,12 @@ def _newton_direction(problem: _Problem, gradient, start, active) -> torch.Tenso
         working &= bend > 0
         length = torch.where(working, squared / bend, 0.0)[:, None, None]
         direction, residual = direction + length * search, residual - length * product
-        before, squared = squared, _dot(residual, residual)
-        working &= squared.sqrt() > tolerance
+        better = problem.precondition(residual)
+        before, squared = squared, _dot(residual, better)
+        working &= _norm(residual) > tolerance
         if not working.any():
             break
-        search = residual + torch.where(before > 0, squared / before, 0.0)[:, None, None] * search
+        search = better + torch.where(before > 0, squared / before, 0.0)[:, None, None] * search
     return direction
 
 

@@ -64,7 +64,7 @@ def _add_classifier(add) -> None:
     add("--trials_at_once", default=None, type=int, help="asked for together; left out: 1 of tpe, all of random")
     add("--clf_C_min", default=1e-5, type=float, help="scikit-learn's C")
     add("--clf_C_max", default=1e6, type=float, help="largest C")
-    add("--clf_max_iter", default=2000, type=int, help="accepted: the optimum is found exactly")
+    add("--clf_max_iter", default=2000, type=int, help="steps to the optimum at most, as of L-BFGS there")
     add("--clf_lr_min", default=0.1, type=float, help="of SGD")
     add("--clf_lr_max", default=100.0, type=float, help="largest learning rate")
     add("--clf_wd_min", default=1e-12, type=float, help="weight decay of SGD")
@@ -81,7 +81,15 @@ def _add_classifier(add) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise UsageError for values that cannot work, before anything is read."""
-    counts = ("image_size", "batch_size_per_gpu", "n_optuna_trials", "clf_epochs", "clf_batch_size", "patch_size")
+    counts = (
+        "image_size",
+        "batch_size_per_gpu",
+        "n_optuna_trials",
+        "clf_epochs",
+        "clf_batch_size",
+        "clf_max_iter",
+        "patch_size",
+    )
     for name in (*counts, "trials_at_once", "window_size"):
         value = getattr(args, name)
         if value is not None and value < 1:

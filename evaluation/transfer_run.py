@@ -208,7 +208,7 @@ def of_set(args: argparse.Namespace, world: World, name: str, data: Data) -> dic
 
 def one_seed(args: argparse.Namespace, clf_type: str, classes: int, seed: int, trainval: tuple, test: tuple) -> dict:
     if clf_type == "logreg_sklearn":
-        classify = lbfgs_classifier(classes)
+        classify = lbfgs_classifier(classes, args.clf_max_iter)
     else:
         classify = sgd_classifier(classes, args.clf_epochs, args.clf_batch_size, args.clf_mom, seed)
     search = SEARCHES[args.search](ranges(clf_type, bounds(args)), seed)
@@ -243,7 +243,16 @@ def finite(value: float) -> float | None:
 
 def key_of(args: argparse.Namespace, *parts: object) -> str:
     """What decides a result."""
-    names = ("val_perc", "n_optuna_trials", "search", "trials_at_once", "clf_mom", "clf_epochs", "clf_batch_size")
+    names = (
+        "val_perc",
+        "n_optuna_trials",
+        "search",
+        "trials_at_once",
+        "clf_mom",
+        "clf_epochs",
+        "clf_batch_size",
+        "clf_max_iter",
+    )
     options = {name: getattr(args, name) for name in names} | bounds(args)
     return hashlib.blake2b(json.dumps([*parts, options]).encode(), digest_size=12).hexdigest()
 
