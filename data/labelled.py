@@ -77,7 +77,11 @@ def open_labelled(name: str, root: str | Path, split: str, seed: int = 22, offic
     if known.read is None:
         source = open_source(str(root / {"trainval": "train", "test": "val"}[split]))
     else:
-        source = source_of(known.read(root, split, seed), root, f"{name} {split}")
+        try:
+            listing = known.read(root, split, seed)
+        except UsageError as error:
+            raise UsageError(f"{error}; {name} comes from {known.home}") from None
+        source = source_of(listing, root, f"{name} {split}")
     if official:
         check_counts(name, split, len(source), len(source.class_names))
     return source

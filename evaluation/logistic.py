@@ -8,7 +8,8 @@ a strongly convex function: whoever finds its optimum has the numbers of the sol
 iBOT, Mugs and UDI; scikit-learn in t-ReX and UNIC, whose C is 1 / (l n), with an intercept that is not penalised).
 
 Newton steps by preconditioned conjugate gradients (Nocedal and Wright, chapter 7): a product with the Hessian is two
-products with the features, and those of all penalties are one. Every problem has its own step lengths and stops by itself.
+products with the features, and those of all penalties are one. Every problem has its own step lengths and stops by
+itself.
 """
 
 import math

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from data.datasets import Source
 from data.decode import reading_from
-from data.labelled import SETS, open_labelled
+from data.labelled import open_labelled
 from evaluation.cache import FeatureStore, Preparation
 from evaluation.confidence import interval_of
 from evaluation.features import Feature
@@ -22,7 +22,6 @@ from evaluation.results import write_result
 from evaluation.search import SEARCHES
 from evaluation.sets import common_labels, open_train_and_test
 from evaluation.transfer import (
-    NORMS,
     lbfgs_classifier,
     log_odds,
     mean_per_class_accuracy,
@@ -47,7 +46,7 @@ OWN = "own"  # the name of what no --dataset names
 
 
 class Data(NamedTuple):
-    """Features (images, dim) and labels (images,) of both parts; ``told``: which images; ``of``: what tells them apart."""
+    """Features (images, dim) and labels (images,) of both parts; ``told``: which images; ``of``: their identity."""
 
     trainval: tuple[torch.Tensor, torch.Tensor]
     test: tuple[torch.Tensor, torch.Tensor]
@@ -167,7 +166,6 @@ def of_set(args: argparse.Namespace, world: World, name: str, data: Data) -> dic
     """Results of every seed, and their means; what was finished before is taken from the folder."""
     clf_type = args.clf_type or as_published(name)[0]
     norm = args.features_norm or ("l2" if clf_type == "knn_torch" else as_published(name)[1])
-    assert norm in NORMS
     (train, labels), (test, test_labels) = data.trainval, data.test
     classes = 1 + int(max(labels.max(), test_labels.max()))
     unseen = set(test_labels.tolist()) - set(labels.tolist())
@@ -199,10 +197,9 @@ def of_set(args: argparse.Namespace, world: World, name: str, data: Data) -> dic
         )
     means = {kind: statistics.fmean(run[kind] for run in runs.values()) for kind in ("top1", "mean_per_class_acc")}
     low, high = interval_of(means["top1"], len(test))
-    found = {**means, "interval": [low, high], "log_odds": finite(log_odds(means["top1"])), "clf_type": clf_type}
-    log.info(
-        f"{name}: top-1 {means['top1']:.2f} (95 %: {low:.2f} to {high:.2f}), per class {means['mean_per_class_acc']:.2f}"
-    )
+    found = means | {"interval": [low, high], "log_odds": finite(log_odds(means["top1"])), "clf_type": clf_type}
+    per_class = f"per class {means['mean_per_class_acc']:.2f}"
+    log.info(f"{name}: top-1 {means['top1']:.2f} (95 %: {low:.2f} to {high:.2f}), {per_class}")
     return found | {"features_norm": norm, "seeds": {str(seed): run for seed, run in runs.items()}}
 
 
