@@ -12,6 +12,7 @@ k = 20. Protocol and more numbers: README.md in this folder.
 import argparse
 
 from data.datasets import ALL
+from evaluation.compared import COMPARE_HELP
 from evaluation.knn_run import evaluate
 from evaluation.network import (
     add_feature_arguments,
@@ -53,6 +54,7 @@ def get_args_parser() -> Parser:
     add("--dump_features", default=None, metavar="DIR", help="keep the features here, and use them if they are there")
     add("--load_features", default=None, metavar="DIR", help="use the features kept here, or stop if they are others")
     add("--feature_cache", default=None, metavar="DIR", help="features of all evaluations, each extracted once")
+    add("--compare", default=None, metavar="FILE", help=COMPARE_HELP)
     add("--output_dir", default=".", help="where eval_knn.json is written")
     add_process_arguments(parser.add_argument_group("processes"))
     return parser
@@ -69,6 +71,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--subset_starts chooses the first image of a --subset, and there is none; pass --subset too")
     if args.feature_cache and (args.dump_features or args.load_features):
         raise UsageError("--feature_cache keeps the features itself; leave out --dump_features and --load_features")
+    if "," in args.checkpoint_key and args.compare:
+        raise UsageError(f"--checkpoint_key {args.checkpoint_key}: --compare is for one network; pass one key")
     if "," in args.checkpoint_key and (args.dump_features or args.load_features):
         raise UsageError(f"--checkpoint_key {args.checkpoint_key}: features are kept of one network; pass one key")
     check_common_arguments(args)

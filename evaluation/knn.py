@@ -78,7 +78,7 @@ def rank_of_class(votes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return ((votes > true) | ((votes == true) & before)).sum(dim=1)
 
 
-def knn_classify(
+def knn_right(
     train_features: torch.Tensor,
     train_labels: torch.Tensor,
     test_features: torch.Tensor,
@@ -89,20 +89,21 @@ def knn_classify(
     world: World | None = None,
     working_bytes: int = WORKING_BYTES,
     cosine: bool = True,
-) -> Accuracies:
-    """Top-1 and top-5 accuracy in percent for every k in ``ks``.
+) -> torch.Tensor:
+    """For every k in ``ks`` and every test image whether its class is first, and among the first min(5, k).
 
-    Features (images, dim) of any norm, labels (images,). Float64 features are compared in float64. Neighbours are
-    searched once, for the largest k; a k beyond the bank takes all of it. Top-5 counts the true class among the first
-    min(5, k). With ``world`` every process must call this with the same arguments, and does its share of the queries.
+    (ks, test images, 2) of 0 and 1, on every process. Features (images, dim) of any norm, labels (images,). Float64
+    features are compared in float64. Neighbours are searched once, for the largest k; a k beyond the bank takes all of
+    it. With ``world`` every process must call this with the same arguments, and does its share of the queries.
     """
     if not len(train_features) or not len(test_features):
         raise ValueError(f"k-NN of {len(test_features)} test images in a bank of {len(train_features)}")
     num_classes = num_classes or 1 + max(int(train_labels.max()), int(test_labels.max()))
-    total = len(test_features)
+    right = torch.zeros(len(ks), len(test_features), 2, dtype=torch.long, device=test_features.device)
+    mine = right
     if world is not None:
         test_features, test_labels = test_features[world.rank :: world.size], test_labels[world.rank :: world.size]
-    correct = torch.zeros(len(ks), 2, dtype=torch.long, device=test_features.device)
+        mine = right[:, world.rank :: world.size]
     options = (max(ks), num_classes, working_bytes, cosine)
     chunks = neighbours_in_chunks(train_features, train_labels, test_features, *options)
     for part, similarities, labels in chunks:
@@ -112,10 +113,29 @@ def knn_classify(
             rank = rank_of_class(
                 class_votes(relative[:, :k], labels[:, :k], temperature, num_classes), test_labels[part]
             )
-            correct[row] += torch.stack(((rank < 1).sum(), (rank < min(5, k)).sum()))
-    if world is not None:
-        correct = all_reduce_sum(correct.to(world.device))
-    return {k: (100 * first / total, 100 * five / total) for k, (first, five) in zip(ks, correct.tolist(), strict=True)}
+            mine[row, part] = torch.stack((rank < 1, rank < min(5, k)), dim=1).long()
+    return right if world is None else all_reduce_sum(right.to(world.device)).to(right.device)
+
+
+def knn_classify(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_features: torch.Tensor,
+    test_labels: torch.Tensor,
+    ks: Sequence[int],
+    *options,
+    **named,
+) -> Accuracies:
+    """Top-1 and top-5 accuracy in percent for every k in ``ks``; what follows are the options of ``knn_right``."""
+    features_and_labels = (train_features, train_labels, test_features, test_labels)
+    return accuracies_of(knn_right(*features_and_labels, ks, *options, **named), ks)
+
+
+def accuracies_of(right: torch.Tensor, ks: Sequence[int]) -> Accuracies:
+    """In percent, of what ``knn_right`` returns."""
+    total = right.shape[1]
+    sums = right.sum(dim=1).tolist()
+    return {k: (100 * first / total, 100 * five / total) for k, (first, five) in zip(ks, sums, strict=True)}
 
 
 def bank_rows(labels: torch.Tensor, per_class: int, start: int) -> torch.Tensor:

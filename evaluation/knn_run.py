@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -14,15 +15,18 @@ from data.preprocess import eval_transform
 from data.published import place_from
 from evaluation.baselines import BINS, RAW_SIDE, colour_histogram, raw_pixels
 from evaluation.cache import FeatureCache, FeatureStore, Preparation, still_unreadable
+from evaluation.compared import compared
+from evaluation.confidence import interval_of
 from evaluation.features import Feature, extract_features
 from evaluation.knn import (
     Accuracies,
     Bank,
+    accuracies_of,
     as_numbers,
     bank_rows,
     deviation,
     doubts,
-    knn_classify,
+    knn_right,
     mean_accuracies,
     remark_on_k,
     runs_as_numbers,
@@ -98,7 +102,8 @@ def evaluate(args: argparse.Namespace, world: World, append: bool) -> None:
     """One network of a checkpoint; ``append``: its result becomes a further line of eval_knn.json."""
     run = build_run(args, world)
     rows = baseline_accuracies(run) if args.baselines else {}
-    runs = classify(run, *network_features(run))
+    right: dict[str, np.ndarray] = {}
+    runs = classify(run, *network_features(run), right)
     banks = {start: Bank.of(run.labels("train")[run.bank(start)]) for start in runs}
     show(run, runs, banks)
     if args.baselines:
@@ -108,6 +113,8 @@ def evaluate(args: argparse.Namespace, world: World, append: bool) -> None:
         numbers = runs_as_numbers(runs, banks)
         smallest = min(banks.values())
         numbers |= {"baselines": {name: as_numbers(row, smallest) for name, row in rows.items()}} if rows else {}
+        numbers |= {"intervals": intervals(run, runs)}
+        numbers |= compared(args, "eval_knn", run.sets.test.fingerprint, right)
         write_result(args, "eval_knn", run.network, run.sets, run.counts, numbers, append)
 
 
@@ -120,12 +127,23 @@ def show(run: KnnRun, runs: dict[int, Accuracies], banks: dict[int, Bank]) -> No
         log.info(f"{where}{', '.join(map(str, accuracies))} neighbours in a bank of {bank}")
         for k, (top1, top5) in accuracies.items():
             result = f"{where}{k}-NN classifier result: Top1: {top1}" + f", Top5: {top5}" * (k > 1)
-            log.info(result + remark_on_k(k, bank) + remark(run.counts))
+            interval = f" ({interval_of(top1, len(run.labels('test')))})"
+            log.info(result + interval + remark_on_k(k, bank) + remark(run.counts))
     if len(runs) > 1:
         for k, (top1, _) in mean_accuracies(runs).items():
             log.info(
                 f"{k}-NN, mean of {len(runs)} subsets: Top1: {top1:.4f}, standard deviation {deviation(runs, k):.4f}"
             )
+
+
+def intervals(run: KnnRun, runs: dict[int, Accuracies]) -> dict:
+    """Of top-1, by k; of several starts by start and k."""
+    images = len(run.labels("test"))
+    found = {
+        str(start): {str(k): list(interval_of(top1, images)) for k, (top1, _) in accuracies.items()}
+        for start, accuracies in runs.items()
+    }
+    return found if len(found) > 1 else next(iter(found.values()))
 
 
 def extract(run: KnnRun, model: torch.nn.Module, feature: Callable) -> dict[str, torch.Tensor]:
@@ -211,8 +229,10 @@ def noted(unreadable: dict[str, Sequence[Unreadable]]) -> dict:
     return {"unreadable": indices} if any(indices.values()) else {}
 
 
-def classify(run: KnnRun, bank: torch.Tensor, queries: torch.Tensor) -> dict[int, Accuracies]:
-    """For every one of --subset_starts."""
+def classify(
+    run: KnnRun, bank: torch.Tensor, queries: torch.Tensor, right: dict[str, np.ndarray] | None = None
+) -> dict[int, Accuracies]:
+    """For every one of --subset_starts. ``right`` takes which test images are, for every start and k."""
     args = run.args
     device = run.world.device if args.use_cuda else torch.device("cpu")
     queries, test_labels = queries.to(device), run.labels("test").to(device)
@@ -221,7 +241,12 @@ def classify(run: KnnRun, bank: torch.Tensor, queries: torch.Tensor) -> dict[int
         rows = run.bank(start)
         known, labels = bank[rows].to(device), run.labels("train")[rows].to(device)
         options = (args.nb_knn, args.temperature, run.sets.classes, run.world)
-        results[start] = knn_classify(known, labels, queries, test_labels, *options)
+        found = knn_right(known, labels, queries, test_labels, *options)
+        results[start] = accuracies_of(found, args.nb_knn)
+        if right is not None:
+            rows = found[..., 0].bool().cpu().numpy()
+            where = f", from image {start} on" * (len(run.rows) > 1)
+            right |= {f"{k}-NN{where}": row for k, row in zip(args.nb_knn, rows, strict=True)}
     return results
 
 

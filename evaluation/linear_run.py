@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from evaluation.confidence import interval_of
 from evaluation.features import CLS, Feature
 from evaluation.linear_heads import Probe, Recipe, best_head, cosine_factor, rate_at, restore_heads, saved_heads
 from evaluation.results import write_result
@@ -170,9 +171,11 @@ def report(run: LinearRun) -> None:
         peaks = zip(run.heads, run.peaks, strict=True)
         numbers |= {"epoch": best["epoch"], "head": run.heads[best["head"]], "epochs": run.args.epochs}
         numbers["heads"] = [head | {"top1": peak} for head, peak in peaks]
+    interval = interval_of(best["acc1"], run.tested)
+    numbers["interval"] = list(interval)
     if run.world.rank == 0:
         write_result(run.args, "eval_linear", run.network, run.sets, run.unreadable, numbers)
-    log.info(f"Top-1 test accuracy: {best['acc1']:.1f}{remark(run.unreadable)}")
+    log.info(f"Top-1 test accuracy: {best['acc1']:.1f} ({interval}){remark(run.unreadable)}")
 
 
 def table(run: LinearRun) -> str:

@@ -63,10 +63,30 @@ def test_it_prints_the_originals_lines_and_writes_one_json(evaluate, tmp_path):
     assert list(result) == ["evaluation", "checkpoint", "checkpoint_key", "arch", "data", "unreadable", "numbers"]
     assert (result["checkpoint"], result["checkpoint_key"], result["arch"]) == (str(path), "teacher", "vit_micro/8")
     top1, top5 = result["numbers"]["5"].values()
-    assert f"5-NN classifier result: Top1: {top1}, Top5: {top5}\n" in said
+    low, high = result["numbers"]["intervals"]["5"]
+    assert f"5-NN classifier result: Top1: {top1}, Top5: {top5} (95 %: {low:.2f} to {high:.2f})\n" in said
     assert list(result["numbers"]["1"]) == ["top1"]  # the first of one neighbour is all there is
-    assert f"1-NN classifier result: Top1: {result['numbers']['1']['top1']}\n" in said
+    assert f"1-NN classifier result: Top1: {result['numbers']['1']['top1']} (95 %: " in said
     assert result["numbers"]["1"]["top1"] > 40  # four classes that differ in colour
+
+
+def test_a_cache_gives_the_same_numbers_and_another_network_is_compared_on_the_same_images(evaluate, tmp_path):
+    options = ("--crop_size", 32, "--knn_k", 3, "--knn_temp", 0.1)
+    ours, theirs, said = micro(tmp_path), micro(tmp_path, seed=4), {}
+    for name, more in {"plain": (), "cache": ("--feature_cache", tmp_path / "kept")}.items():
+        code, said[name], error = evaluate("--pretrained_weights", ours, *options, *more)
+        assert code == 0, error
+        said[name] = [line for line in said[name].splitlines() if "classifier result" in line]
+    assert said["plain"] == said["cache"]
+    (tmp_path / "out" / "eval_knn_right.npz").rename(tmp_path / "ours.npz")
+    compare = ("--compare", tmp_path / "ours.npz")
+    code, found, error = evaluate("--pretrained_weights", theirs, *options, *compare)
+    assert code == 0 and "3-NN, compared with" in found, error
+    code, found, error = evaluate("--pretrained_weights", theirs, "--crop_size", 32, "--nb_knn", 2, *compare)
+    assert code == 2 and "holds 3-NN, and here are 2-NN" in error
+    (tmp_path / "ours.npz").write_bytes(b"else")
+    code, found, error = evaluate("--pretrained_weights", theirs, *options, *compare)
+    assert code == 2 and "not a file that these evaluations write" in error and error.count("\n") == 1
 
 
 def test_several_starts_are_one_extraction_and_a_mean(evaluate, tmp_path):
