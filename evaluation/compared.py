@@ -16,8 +16,8 @@ IMAGES = "images"  # beside the results: what tells the list of images apart
 
 
 def compared(args: argparse.Namespace, evaluation: str, images: str, right: Mapping[str, np.ndarray]) -> dict:
-    """Keep ``right``, a row (test images,) per result, in ``<--output_dir>/<evaluation>_right.npz``, and hold it against
-    that of --compare. For the JSON: what came of it.
+    """Keep ``right``, a row (test images,) per result, in ``<--output_dir>/<evaluation>_right.npz``, and hold it
+    against that of --compare. For the JSON: what came of it.
 
     ``images``: fingerprint of the test images. Raises UsageError where the other file is of others.
     """

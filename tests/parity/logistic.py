@@ -35,7 +35,7 @@ def ridge(case: Case) -> Iterator[tuple]:
     divided = case.params.get("adjust_lambd", "adjust_lambd on" in case.params.get("objective", ""))
     penalties = [value / len(train) if divided else value for value in given]
     solution = ridge_regression(train, labels, classes, penalties)
-    accuracies = top1(solution.predictions(test), test_labels) / 100
+    accuracies = (solution.predictions(test) == test_labels).double().mean(dim=1)
     for number, value in enumerate(given):
         found = {"objective": solution.objective[number], "accuracy": accuracies[number]}
         for label, expected in of_penalty(case, number, value):
