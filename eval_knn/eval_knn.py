@@ -13,7 +13,7 @@ import argparse
 
 from data.datasets import ALL
 from evaluation.compared import COMPARE_HELP
-from evaluation.knn_run import evaluate
+from evaluation.knn_run import evaluate, evaluate_low_shot
 from evaluation.network import (
     add_feature_arguments,
     add_head_argument,
@@ -48,6 +48,7 @@ def get_args_parser() -> Parser:
         type=int,
         help="first image of every class in the subset; for several, mean and standard deviation are given too",
     )
+    add("--low_shot", action="store_true", help="1, 5, 10 and 20 images per class, five banks of each (AttMask)")
     add("--use_cuda", default=True, type=bool_flag, help="compare features on the GPU, if there is one")
     add("--baselines", action="store_true", help="also test raw pixels, a colour histogram and the untrained network")
     add = parser.add_argument_group("results").add_argument
@@ -71,6 +72,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--subset_starts chooses the first image of a --subset, and there is none; pass --subset too")
     if args.feature_cache and (args.dump_features or args.load_features):
         raise UsageError("--feature_cache keeps the features itself; leave out --dump_features and --load_features")
+    if args.low_shot and (args.subset not in (None, ALL) or args.baselines or args.compare):
+        raise UsageError("--low_shot brings its own subsets: leave out --subset, --baselines and --compare")
     if "," in args.checkpoint_key and args.compare:
         raise UsageError(f"--checkpoint_key {args.checkpoint_key}: --compare is for one network; pass one key")
     if "," in args.checkpoint_key and (args.dump_features or args.load_features):
@@ -87,7 +90,8 @@ def main() -> None:
     for number, key in enumerate(keys):
         if len(keys) > 1:
             log.info(f"checkpoint key: {key}")
-        evaluate(argparse.Namespace(**{**vars(args), "checkpoint_key": key}), world, append=number > 0)
+        of_key = argparse.Namespace(**{**vars(args), "checkpoint_key": key})
+        (evaluate_low_shot if args.low_shot else evaluate)(of_key, world, append=number > 0)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from data.datasets import images_per_class
+from evaluation.confidence import interval_of
 from utils import World, all_reduce_sum
 
 Accuracies = dict[int, tuple[float, float]]  # k -> (top-1, top-5) in percent
@@ -220,9 +221,14 @@ def as_numbers(accuracies: Accuracies, bank: Bank) -> dict[str, dict[str, float]
     }
 
 
-def runs_as_numbers(runs: dict[int, Accuracies], banks: Mapping[int, Bank]) -> dict:
-    """Accuracies and bank of a start; of several the means, the deviation of top-1, and every start's own."""
+def runs_as_numbers(runs: dict[int, Accuracies], banks: Mapping[int, Bank], tested: int = 0) -> dict:
+    """Accuracies and bank of a start; of several the means, the deviation of top-1, and every start's own.
+
+    ``tested``: so many test images, for the 95 % intervals of top-1 by k.
+    """
     own = {start: as_numbers(run, banks[start]) | {"bank": banks[start]._asdict()} for start, run in runs.items()}
+    for start, run in runs.items() if tested else ():
+        own[start]["intervals"] = {str(k): list(interval_of(top1, tested)) for k, (top1, _) in run.items()}
     if len(own) == 1:
         return next(iter(own.values()))
     numbers = as_numbers(mean_accuracies(runs), min(banks.values()))

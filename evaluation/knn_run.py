@@ -110,12 +110,32 @@ def evaluate(args: argparse.Namespace, world: World, append: bool) -> None:
         name = f"{run.network.label}, {args.pretrained_weights or 'random weights'}"
         log.info("k-NN top-1 in percent\n" + table(rows | {name: mean_accuracies(runs)}, args.nb_knn))
     if world.rank == 0:
-        numbers = runs_as_numbers(runs, banks)
+        numbers = runs_as_numbers(runs, banks, len(run.labels("test")))
         smallest = min(banks.values())
         numbers |= {"baselines": {name: as_numbers(row, smallest) for name, row in rows.items()}} if rows else {}
-        numbers |= {"intervals": intervals(run, runs)}
         numbers |= compared(args, "eval_knn", run.sets.test.fingerprint, right)
         write_result(args, "eval_knn", run.network, run.sets, run.counts, numbers, append)
+
+
+# AttMask's rows (2203.12719): images per class -> neighbours, and the first image of each of five banks
+LOW_SHOT = {1: (1, range(0, 25, 5)), 5: (20, range(0, 25, 5)), 10: (20, range(0, 50, 10)), 20: (20, range(0, 100, 20))}
+
+
+def evaluate_low_shot(args: argparse.Namespace, world: World, append: bool) -> None:
+    """All rows of LOW_SHOT on features that are extracted once; the file has a table for each."""
+    span = max(max(starts) + images for images, (_, starts) in LOW_SHOT.items())
+    run = build_run(argparse.Namespace(**{**vars(args), "subset": span, "subset_starts": [0]}), world)
+    features, tested, numbers = network_features(run), len(run.labels("test")), {}
+    for images, (k, starts) in LOW_SHOT.items():
+        log.info(f"{images} image{'s' * (images > 1)} per class")
+        run.args = argparse.Namespace(**{**vars(args), "nb_knn": [k]})
+        run.rows = {start: bank_rows(run.sets.train_labels, images, start) for start in starts}
+        runs = classify(run, *features)
+        banks = {start: Bank.of(run.labels("train")[run.bank(start)]) for start in runs}
+        show(run, runs, banks)
+        numbers[str(images)] = runs_as_numbers(runs, banks, tested)
+    if world.rank == 0:
+        write_result(args, "eval_knn", run.network, run.sets, run.counts, {"low_shot": numbers}, append)
 
 
 def show(run: KnnRun, runs: dict[int, Accuracies], banks: dict[int, Bank]) -> None:
@@ -134,16 +154,6 @@ def show(run: KnnRun, runs: dict[int, Accuracies], banks: dict[int, Bank]) -> No
             log.info(
                 f"{k}-NN, mean of {len(runs)} subsets: Top1: {top1:.4f}, standard deviation {deviation(runs, k):.4f}"
             )
-
-
-def intervals(run: KnnRun, runs: dict[int, Accuracies]) -> dict:
-    """Of top-1, by k; of several starts by start and k."""
-    images = len(run.labels("test"))
-    found = {
-        str(start): {str(k): list(interval_of(top1, images)) for k, (top1, _) in accuracies.items()}
-        for start, accuracies in runs.items()
-    }
-    return found if len(found) > 1 else next(iter(found.values()))
 
 
 def extract(run: KnnRun, model: torch.nn.Module, feature: Callable) -> dict[str, torch.Tensor]:

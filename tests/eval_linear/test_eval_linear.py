@@ -79,7 +79,9 @@ def test_on_the_photographs_the_heads_of_an_untrained_network_beat_chance(probe,
     assert first["train_lr"] == pytest.approx(first["heads"][first["head"]]["lr"] * 16 / 256)
     assert second["heads"][0]["train_lr"] == pytest.approx(0.05 * 16 / 256 / 2)
     assert second["heads"][1]["train_loss"] < first["heads"][1]["train_loss"]
-    assert said.splitlines()[-1] == f"Top-1 test accuracy: {numbers['top1']:.1f}"
+    low, high = numbers["interval"]
+    assert low < numbers["top1"] < high
+    assert said.splitlines()[-1] == f"Top-1 test accuracy: {numbers['top1']:.1f} (95 %: {low:.2f} to {high:.2f})"
     table = said.split("in percent\n")[1].splitlines()[:8]
     assert float(table[-1].split()[-1]) == pytest.approx(numbers["top1"], abs=0.005)
 
