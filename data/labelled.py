@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.cifar import cifar
 from data.datasets import FileSource, open_source
 from data.index import Index, Strings
 from data.labelled_files import (
@@ -36,7 +37,7 @@ SPLITS = ("trainval", "test")
 class LabelledSet(NamedTuple):
     """``read(root, split, seed)`` lists the images; classes and images of either split as they are published."""
 
-    read: Callable[[Path, str, int], Listing] | None
+    read: Callable[[Path, str, int], Listing | Source] | None
     classes: int
     trainval: int
     test: int
@@ -64,6 +65,15 @@ SETS = {
     "inat2018": LabelledSet(inaturalist(2018), 8_142, 437_513, 24_426, "iNaturalist 2018: train_val2018 and both JSON"),
     "inat2019": LabelledSet(inaturalist(2019), 1_010, 265_213, 3_030, "iNaturalist 2019: train_val2019 and both JSON"),
 }  # fmt: skip
+# For fine-tuning whole networks alone
+SETS_TO_FINETUNE = {
+    "cifar10": LabelledSet(cifar(10), 10, 50_000, 10_000, "CIFAR-10, binary version"),
+    "cifar100": LabelledSet(cifar(100), 100, 50_000, 10_000, "CIFAR-100, binary version"),
+    **{
+        f"{name}_names": SETS[name]._replace(read=inaturalist(int(name[-4:]), "name"))
+        for name in ("inat2018", "inat2019")
+    },
+}
 
 
 def open_labelled(name: str, root: str | Path, split: str, seed: int = 22, official: bool = True) -> Source:
@@ -71,7 +81,7 @@ def open_labelled(name: str, root: str | Path, split: str, seed: int = 22, offic
 
     Raises UsageError when a file is missing or, if ``official``, when classes or images are not as many as published.
     """
-    known, root = SETS[name], Path(root)
+    known, root = known_set(name), Path(root)
     if not root.is_dir():
         raise UsageError(f"--data_path {escape(root)}: no such folder; {name} comes from {known.home}")
     if known.read is None:
@@ -81,15 +91,19 @@ def open_labelled(name: str, root: str | Path, split: str, seed: int = 22, offic
             listing = known.read(root, split, seed)
         except UsageError as error:
             raise UsageError(f"{error}; {name} comes from {known.home}") from None
-        source = source_of(listing, root, f"{name} {split}")
+        source = listing if isinstance(listing, Source) else source_of(listing, root, f"{name} {split}")
     if official:
         check_counts(name, split, len(source), len(source.class_names))
     return source
 
 
+def known_set(name: str) -> LabelledSet:
+    return SETS[name] if name in SETS else SETS_TO_FINETUNE[name]
+
+
 def check_counts(name: str, split: str, images: int, classes: int) -> None:
     """Raise UsageError when these are not the published ones."""
-    known = SETS[name]
+    known = known_set(name)
     for what, found, published in (("images", images, known.images(split)), ("classes", classes, known.classes)):
         if found != published:
             raise UsageError(

@@ -16,6 +16,8 @@ from PIL import Image
 
 from data.datasets import Source
 from data.decode import Reading, reading_from
+from data.index import refresh_indices
+from data.published import place_from
 from evaluation.cache import FeatureStore, Preparation
 from evaluation.compared import compared
 from evaluation.confidence import interval_of
@@ -86,7 +88,8 @@ def evaluate(args: argparse.Namespace, world: World, append: bool) -> None:
     network = network_from_options(args)
     network.model.to(world.device)
     (feature,) = chosen_features(network, [args.n_last_blocks], [args.avgpool_patchtokens], [args.class_token])
-    train, test = open_train_and_test(args.data_path, args.subset, eval_data_path=args.eval_data_path)
+    refresh_indices(args.refresh_index)
+    train, test = open_train_and_test(place_from(args), args.subset, eval_data_path=args.eval_data_path)
     if args.target_list_path:
         train = listed(train, args.target_list_path)
     sets = Sets((train, test), reading_from(args), crop_and_resize(args, network))
