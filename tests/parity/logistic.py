@@ -1,5 +1,6 @@
 """Runners: logistic regression on given features, and t-ReX's protocol of choosing its settings."""
 
+import importlib.metadata
 import re
 from collections.abc import Iterator
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from evaluation.linear_heads import Recipe
 from evaluation.logistic import ridge_regression
-from evaluation.search import Drawn, Range, best_trial
+from evaluation.search import Drawn, Range, Tpe, best_trial
 from evaluation.sgd_regression import lagged_factor, predictions, sgd_regression
 from evaluation.transfer import (
     lbfgs_classifier,
@@ -101,6 +102,9 @@ def trex_search(case: Case, classify, trainval, split, test) -> Iterator[tuple]:
     startup = min(10, p["n_trials"])
     drawn = [setting["C"] for setting in Drawn(ranges, p["seed"]).ask(startup)]
     yield f"out/optuna_C, the first {startup}", drawn, tried[:startup], (1e-12, 0.0)
+    if installed("optuna") == p["versions"]["optuna"]:
+        exact = searched(classify, Tpe(ranges, p["seed"]), p["n_trials"], 1, trainval, split, test[0])
+        yield "out/optuna_C, one after the other", [trial["C"] for trial in exact.trials], tried, (1e-12, 0.0)
     ours = searched(classify, Drawn(ranges, p["seed"]), p["n_trials"], p["n_trials"], trainval, split, test[0])
     yield "out/optuna_val_acc, best", ours.val_top1, p["best_val_acc"], (0.0, sample + 1e-3)
     yield "final_test_top1", float(top1(ours.predictions, test[1])), p["final_test_top1"], (0.0, 2.0)
@@ -108,6 +112,13 @@ def trex_search(case: Case, classify, trainval, split, test) -> Iterator[tuple]:
     yield "final_test_top1 at the best C", float(top1(chosen, test[1])), p["final_test_top1"], (0.0, 2.0)
     one = 100 / int(torch.bincount(test[1]).min())
     yield "final_mean_per_class_acc", mean_per_class_accuracy(chosen, test[1]), p["final_mean_per_class_acc"], (0, one)
+
+
+def installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def trex_sgd(case: Case) -> Iterator[tuple]:
