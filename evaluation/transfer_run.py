@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from data.datasets import Source
 from data.decode import reading_from
@@ -38,10 +37,11 @@ from evaluation.unreadable import leave_out, readable, refuse
 from lock import hold
 from models.checkpoints import Network, weights_hash
 from models.safe_load import load_file
-from utils import UsageError, World, log, make_folder, save_atomically, save_torch
+from utils import UsageError, World, barrier, log, make_folder, save_atomically, save_torch
 
 PARTS = ("trainval", "test")
 POOLS = {"cls": "0", "patch": "mean"}  # --token_type -> evaluation/features.py
+FINISHED = "finished.json"
 OWN = "own"  # the name of what no --dataset names
 
 
@@ -65,6 +65,9 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     folder = Path(args.output_dir)
     make_folder(folder)
     with hold(folder, world):
+        if args.purge_output_dir and world.rank == 0:
+            (folder / FINISHED).unlink(missing_ok=True)
+        barrier()
         results, told, unreadable = {}, [], {"train": 0, "test": 0}
         for name in args.dataset or [OWN]:
             data = given_data(args, name) if network is None else extracted_data(args, world, network, feature, name)
@@ -180,12 +183,12 @@ def of_set(args: argparse.Namespace, world: World, name: str, data: Data) -> dic
         f"{name}: {len(train)} images to learn from, {len(test)} to test on, {classes} classes; {clf_type} on {norm}"
     )
     if clf_type == "knn_torch":
-        return neighbours(args, world, name, (train, labels), (test, test_labels), classes)
+        return neighbours(args, world, name, (train, labels), (test, test_labels), classes, cosine=norm == "l2")
     runs = {}
     for seed in args.seed:
-        path = Path(args.output_dir) / "finished.json"
+        path = Path(args.output_dir) / FINISHED
         key = key_of(args, name, clf_type, norm, data.of, seed)
-        finished = {} if args.purge_output_dir else read_finished(path)
+        finished = read_finished(path)
         if key not in finished:
             finished[key] = one_seed(args, clf_type, classes, seed, (train, labels), (test, test_labels))
             if world.rank == 0:
@@ -221,10 +224,8 @@ def one_seed(args: argparse.Namespace, clf_type: str, classes: int, seed: int, t
     }
 
 
-def neighbours(args: argparse.Namespace, world: World, name: str, trainval: tuple, test: tuple, classes: int) -> dict:
-    unit = torch.allclose(F.normalize(test[0][:8], dim=1), test[0][:8], atol=1e-4)
-    options = (args.knn_k, args.knn_temp, classes, world)
-    results = knn_classify(*trainval, *test, *options, cosine=unit)
+def neighbours(args, world: World, name: str, trainval: tuple, test: tuple, classes: int, cosine: bool) -> dict:
+    results = knn_classify(*trainval, *test, args.knn_k, args.knn_temp, classes, world, cosine=cosine)
     rows = {}
     for k, (one, five) in results.items():
         interval = interval_of(one, len(test[0]))
