@@ -47,7 +47,12 @@ def get_args_parser() -> Parser:
     add("--lr_min", default=0.0, type=float, help="where the rate falls to instead; NOT scaled with the batch")
     add("--val_freq", default=1, type=int, help="epochs between tests")
     add("--num_labels", default=None, type=int, help="classes of a head; left out: those of the training images")
-    add("--augment", default="fast", choices=["fast", "pil"], help="pil: the original's pixels, bit for bit; slower")
+    add(
+        "--augment",
+        default="fast",
+        choices=["fast", "pil", "strong"],
+        help="pil: the original's pixels, bit for bit; slower; strong: Mugs's chain, RandAugment and erasing",
+    )
     add(
         "--color_aug",
         default=None,

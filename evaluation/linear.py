@@ -10,6 +10,7 @@ import torch
 
 from data.decode import reading_from
 from data.index import refresh_indices
+from data.linear_views import StrongLinearViews
 from data.loader import TrainLoader
 from data.preprocess import eval_transform
 from data.published import place_from
@@ -73,11 +74,15 @@ def train(run: LinearRun) -> None:
     start, lines = resume(run)
     if start == 0:
         see_test_images(run, eval_transform(run.sets.crop_size, run.sets.resize_size))
-    loader, pieces = training_pieces(run, LinearViews(run.sets.crop_size, args.augment), start, drop_last=False)
+    loader, pieces = training_pieces(run, training_views(args, run.sets.crop_size), start, drop_last=False)
     if run.untested is not None:
         end_epoch(run, start - 1, run.untested, lines)
     for epoch in range(start, args.epochs):
         end_epoch(run, epoch, train_one_epoch(run, loader, pieces, epoch), lines)
+
+
+def training_views(args: argparse.Namespace, crop_size: int) -> LinearViews | StrongLinearViews:
+    return StrongLinearViews(crop_size) if args.augment == "strong" else LinearViews(crop_size, args.augment)
 
 
 def end_epoch(run: LinearRun, epoch: int, losses: list[float], lines: list[dict]) -> None:
