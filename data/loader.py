@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from data import waiting
 from data.datasets import BadImage, Source
 from data.preprocess import MEAN, STD
+from data.repeated import REPEATS, RepeatedOrder, images_used
 from randomness import Permutation, counted_uniforms
 from utils import EXIT_REQUEUE, RunStopped, UsageError, World, log, to_device, usable_cpus
 
@@ -38,6 +39,7 @@ class PieceKey(NamedTuple):
     epoch: int
     first_sample: int
     indices: np.ndarray
+    copies: np.ndarray | None = None  # which copy of each image, where an epoch has several
 
 
 def steps_per_epoch(images: int, global_batch: int) -> int:
@@ -61,6 +63,8 @@ class TrainLoader:
     of which the first processes take as many as ever, the last perhaps none ("indices" is empty, and nothing of
     ``views`` is there).
 
+    ``repeated``: an epoch's order is that of data/repeated.py, and the copies of an image are cut differently.
+
     Raises UsageError when the data set is smaller than a batch, and from the iteration when no image can be read or a
     worker dies; RunStopped when ``stop_requested`` says so and workers hang, so that no step will come to an end.
     """
@@ -80,6 +84,7 @@ class TrainLoader:
         start_step: int = 0,
         drop_last: bool = True,
         stop_requested: Callable[[], bool] = lambda: False,
+        repeated: bool = False,
     ):
         if min(batch_size, pieces) < 1 or num_workers < 0:
             raise UsageError(
@@ -89,7 +94,8 @@ class TrainLoader:
         self.batch_size, self.pieces, self.world = batch_size, pieces, world
         self.seed, self.epochs, self.start_epoch, self.start_step = seed, epochs, start_epoch, start_step
         self.global_batch = batch_size * world.size
-        self.images = len(source)
+        self.repeated = repeated
+        self.images = images_used(len(source)) if repeated else len(source)
         if drop_last:
             self.niter = steps_per_epoch(self.images, self.global_batch)
         else:
@@ -163,13 +169,20 @@ class TrainLoader:
 
     def piece(self, epoch: int, step: int, piece: int = 0) -> dict:
         """Any piece by itself, made in this process: for a first look at the data, and to replay a step."""
-        return _checked(self.dataset[self.key(Permutation(self.images, self.seed, epoch), epoch, step, piece)])
+        return _checked(self.dataset[self.key(self.order(epoch), epoch, step, piece)])
 
-    def key(self, order: Permutation, epoch: int, step: int, piece: int) -> PieceKey:
+    def order(self, epoch: int) -> Permutation | RepeatedOrder:
+        """Positions of an epoch -> images."""
+        if self.repeated:
+            return RepeatedOrder(len(self.dataset), epoch)
+        return Permutation(self.images, self.seed, epoch)
+
+    def key(self, order: Permutation | RepeatedOrder, epoch: int, step: int, piece: int) -> PieceKey:
         size = self.batch_size // self.pieces
         first_sample = self.world.rank * self.batch_size + piece * size
         positions = step * self.global_batch + first_sample + np.arange(size)
-        return PieceKey(epoch, first_sample, order[positions[positions < self.images]])
+        positions = positions[positions < self.images]
+        return PieceKey(epoch, first_sample, order[positions], positions % REPEATS if self.repeated else None)
 
 
 class _PieceSampler(Sampler):
@@ -184,7 +197,7 @@ class _PieceSampler(Sampler):
     def __iter__(self) -> Iterator[PieceKey]:
         loader, start_step = self.loader, self.loader.start_step
         for epoch in range(loader.start_epoch, loader.epochs):
-            order = Permutation(loader.images, loader.seed, epoch)
+            order = loader.order(epoch)
             for step in range(start_step, loader.niter):
                 for piece in range(loader.pieces):
                     yield loader.key(order, epoch, step, piece)
@@ -208,12 +221,13 @@ class _Pieces(Dataset):
 
     def _make(self, key: PieceKey) -> dict:
         samples, used, bad, replaced = [], [], [], 0
-        for index in key.indices.tolist():
+        copies = [()] * len(key.indices) if key.copies is None else key.copies[:, None].tolist()
+        for index, copy in zip(key.indices.tolist(), copies, strict=True):
             image, index_used = self._readable_image(key.epoch, index, bad)
             if image is None:
                 name, reason = bad[-1]
                 return {"error": f"none of {MAX_ATTEMPTS} images could be read; the last one was {name}: {reason}"}
-            samples.append(self.views(image, (self.seed, key.epoch, index)))
+            samples.append(self.views(image, (self.seed, key.epoch, index, *copy)))
             used.append(index_used)
             replaced += index_used != index
         collate = getattr(self.views, "collate", stack)

@@ -6,22 +6,15 @@
 Published (ImageNet-1k, top-1): iBOT ViT-S/16 82.3, ViT-B/16 84.0. Commands, protocol and numbers: README.md here.
 """
 
-from evaluation.finetune import build_run, evaluate, train
+from evaluation.finetune import finetune
 from evaluation.finetune_options import check_arguments, get_args_parser
-from evaluation.finetune_run import report
-from evaluation.run import conduct
-from utils import has_bf16, init_world, keep_large_blocks, run_cli
+from utils import run_cli
 
 
 def main() -> None:
     args = get_args_parser().parse_args()
     check_arguments(args)
-    keep_large_blocks()
-    world = init_world(args.device, args.dist_url, args.backend)
-    if args.precision == "auto":
-        args.precision = "bf16" if has_bf16(world.device) else "fp32"
-    run = build_run(args, world)
-    conduct(run, evaluate if args.eval else train, report, trains=not args.eval)
+    finetune(args)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ k = 20. Protocol and more numbers: README.md in this folder.
 import argparse
 
 from data.datasets import ALL
-from evaluation.knn_run import evaluate
+from evaluation.compared import COMPARE_HELP
+from evaluation.knn_run import evaluate, evaluate_low_shot
 from evaluation.network import (
     add_feature_arguments,
     add_head_argument,
@@ -31,8 +32,15 @@ def get_args_parser() -> Parser:
     add_head_argument(group)
     add_data_arguments(parser.add_argument_group("data"))
     add = parser.add_argument_group("k-NN").add_argument
-    add("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=int, help="numbers of neighbours; 20 is usually best")
-    add("--temperature", default=0.07, type=float, help="of the votes exp(similarity / temperature)")
+    add(
+        "--nb_knn",
+        "--knn_k",
+        default=[10, 20, 100, 200],
+        nargs="+",
+        type=int,
+        help="numbers of neighbours; 20 is usually best",
+    )
+    add("--temperature", "--knn_temp", default=0.07, type=float, help="of the votes exp(similarity / temperature)")
     add(
         "--subset_starts",
         default=[0],
@@ -40,11 +48,14 @@ def get_args_parser() -> Parser:
         type=int,
         help="first image of every class in the subset; for several, mean and standard deviation are given too",
     )
+    add("--low_shot", action="store_true", help="1, 5, 10 and 20 images per class, five banks of each (AttMask)")
     add("--use_cuda", default=True, type=bool_flag, help="compare features on the GPU, if there is one")
     add("--baselines", action="store_true", help="also test raw pixels, a colour histogram and the untrained network")
     add = parser.add_argument_group("results").add_argument
     add("--dump_features", default=None, metavar="DIR", help="keep the features here, and use them if they are there")
     add("--load_features", default=None, metavar="DIR", help="use the features kept here, or stop if they are others")
+    add("--feature_cache", default=None, metavar="DIR", help="features of all evaluations, each extracted once")
+    add("--compare", default=None, metavar="FILE", help=COMPARE_HELP)
     add("--output_dir", default=".", help="where eval_knn.json is written")
     add_process_arguments(parser.add_argument_group("processes"))
     return parser
@@ -59,6 +70,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--subset_starts {min(args.subset_starts)}: the first image of a class is 0")
     if args.subset_starts != [0] and args.subset in (None, ALL):
         raise UsageError("--subset_starts chooses the first image of a --subset, and there is none; pass --subset too")
+    if args.feature_cache and (args.dump_features or args.load_features):
+        raise UsageError("--feature_cache keeps the features itself; leave out --dump_features and --load_features")
+    if args.low_shot and (args.subset not in (None, ALL) or args.baselines or args.compare):
+        raise UsageError("--low_shot brings its own subsets: leave out --subset, --baselines and --compare")
+    if "," in args.checkpoint_key and args.compare:
+        raise UsageError(f"--checkpoint_key {args.checkpoint_key}: --compare is for one network; pass one key")
     if "," in args.checkpoint_key and (args.dump_features or args.load_features):
         raise UsageError(f"--checkpoint_key {args.checkpoint_key}: features are kept of one network; pass one key")
     check_common_arguments(args)
@@ -73,7 +90,8 @@ def main() -> None:
     for number, key in enumerate(keys):
         if len(keys) > 1:
             log.info(f"checkpoint key: {key}")
-        evaluate(argparse.Namespace(**{**vars(args), "checkpoint_key": key}), world, append=number > 0)
+        of_key = argparse.Namespace(**{**vars(args), "checkpoint_key": key})
+        (evaluate_low_shot if args.low_shot else evaluate)(of_key, world, append=number > 0)
 
 
 if __name__ == "__main__":

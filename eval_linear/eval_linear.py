@@ -12,7 +12,7 @@ import argparse
 import math
 
 from evaluation.linear import build_run, evaluate, train
-from evaluation.linear_run import report
+from evaluation.linear_run import SWEEPS, report
 from evaluation.network import (
     add_feature_arguments,
     add_head_argument,
@@ -38,14 +38,27 @@ def get_args_parser() -> Parser:
         nargs="?",
         const=True,
         type=bool_flag,
-        help="instead of --lr, iBOT's 45 from 0.0001 to 9; false: each also with 2 weight decays and SGD and LARS",
+        help="instead of --lr, those of --sweep; false: each also with its weight decays and SGD and LARS",
     )
+    add("--sweep", default="ibot", choices=tuple(SWEEPS), help="45 rates from 0.0001 to 9, Mugs: 36 to 0.9 (180, 360)")
     add_data_arguments(parser.add_argument_group("data"))
     add = parser.add_argument_group("training").add_argument
     add("--epochs", default=100, type=int, help="of training; the rate falls to 0 along half a cosine")
+    add("--lr_min", default=0.0, type=float, help="where the rate falls to instead; NOT scaled with the batch")
     add("--val_freq", default=1, type=int, help="epochs between tests")
     add("--num_labels", default=None, type=int, help="classes of a head; left out: those of the training images")
-    add("--augment", default="fast", choices=["fast", "pil"], help="pil: the original's pixels, bit for bit; slower")
+    add(
+        "--augment",
+        default="fast",
+        choices=["fast", "pil", "strong"],
+        help="pil: the original's pixels, bit for bit; slower; strong: Mugs's chain, RandAugment and erasing",
+    )
+    add(
+        "--color_aug",
+        default=None,
+        type=bool_flag,
+        help="accepted and ignored: Mugs's preset passes it, nothing reads it",
+    )
     add("--seed", default=0, type=int, help="of weights, order of the images and crops")
     add("--load_from", default=None, metavar="FILE", help="continue from this file of --output_dir (or a whole path)")
     add = parser.add_argument_group("testing only").add_argument
@@ -65,6 +78,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for lr in args.lr or ():
         if not 0 < lr < math.inf:
             raise UsageError(f"--lr {lr:g}: must be positive")
+    if not 0 <= args.lr_min < math.inf:
+        raise UsageError(f"--lr_min {args.lr_min:g}: must not be negative")
     for name in ("epochs", "val_freq", "num_labels"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -34,7 +34,8 @@ def class_token(model: Callable, images: torch.Tensor) -> torch.Tensor:
     return output[:, 0] if output.ndim == 3 else output
 
 
-CLASS, MEAN, BOTH, INTERLEAVED = POOLINGS = ("0", "1", "2", "interleaved")  # iBOT's numbers, and DINO's "true"
+# iBOT's numbers, DINO's "true", and what Mugs and UNIC take for patches
+CLASS, MEAN, BOTH, INTERLEAVED, NORMALISED_MEAN = POOLINGS = ("0", "1", "2", "interleaved", "mean")
 CLASS_TOKENS = {"cls": (0,), "cls+": (1,), "both": (0, 1)}  # which of a network's class tokens
 CLS = "cls"
 
@@ -48,6 +49,7 @@ class Feature(NamedTuple):
     | 1           | mean patch token of the last block before the final norm                            | dim         |
     | 2           | class tokens of the last n blocks, then the mean patch token of the last            | (n+1) * dim |
     | interleaved | class_0, mean_0, class_1, mean_1, ... of the last block: what DINO's heads expect   | 2 * dim     |
+    | mean        | mean patch token of the last block after the final norm: Mugs's avgpool 1           | dim         |
 
     ``token``: which class token, of those that have two (UDI); "both" are one after the other, block by block.
     All but avgpool 1 after the final norm. A Swin's class token is the mean of its tokens, and ``dim`` differs between
@@ -65,6 +67,7 @@ class Feature(NamedTuple):
             CLASS: f"{token} of {blocks}",
             MEAN: "mean patch token of the last block before the norm",
             BOTH: f"{token} of {blocks} and mean patch token of the last",
+            NORMALISED_MEAN: "mean patch token of the last block",
             INTERLEAVED: f"{token} and mean patch token of {blocks}, interleaved",
         }[self.avgpool]
 
@@ -106,7 +109,15 @@ def pool_tokens(
     mean = patches[:, num_prefix_tokens:].mean(dim=1)
     if feature.avgpool == INTERLEAVED:
         return torch.stack((classes[-1], mean), dim=2).flatten(1)
-    return torch.cat({CLASS: classes, MEAN: [mean], BOTH: [*classes, mean]}[feature.avgpool], dim=1)
+    parts = {CLASS: classes, MEAN: [mean], NORMALISED_MEAN: [mean], BOTH: [*classes, mean]}
+    return torch.cat(parts[feature.avgpool], dim=1)
+
+
+@torch.no_grad()
+def feature_widths(model: nn.Module, features: Sequence[Feature], crop_size: int, device: torch.device) -> list[int]:
+    image = torch.zeros(1, 3, crop_size, crop_size, device=device)
+    with evaluating(model):
+        return [feature.shape[1] for feature in token_features(model, image, features)]
 
 
 def multiscale_class_token(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,22 @@ import torch.nn.functional as F
 from data.finetune_views import FinetuneViews
 from data.loader import steps_per_epoch
 from data.preprocess import MEAN, STD, eval_transform
+from data.repeated import images_used
+from evaluation.deit import lagged_rates
 from evaluation.finetune_network import build_network
-from evaluation.finetune_run import FinetuneRun, load_to_test, open_writer, resume, save, write_scalars
-from evaluation.finetune_steps import Stepper, drop_path_draws, mix, seed_dropout, smoothed, soft_cross_entropy
+from evaluation.finetune_options import DEIT
+from evaluation.finetune_run import FinetuneRun, load_to_test, open_writer, report, resume, save, write_scalars
+from evaluation.finetune_steps import (
+    Stepper,
+    drop_path_draws,
+    mix,
+    seed_dropout,
+    smoothed,
+    soft_cross_entropy,
+    weight_average,
+)
 from evaluation.run import (
+    conduct,
     labelled_batches,
     means_over_images,
     see_test_images,
@@ -24,23 +36,48 @@ from evaluation.run import (
     training_pieces,
 )
 from models.checkpoints import weights_hash
-from models.finetuned import layer_decay_groups
-from utils import UsageError, World, all_reduce_sum, autocast, batch_dtype, cosine_scheduler, distributed, log
+from models.finetuned import decay_groups, layer_decay_groups
+from utils import (
+    UsageError,
+    World,
+    all_reduce_sum,
+    autocast,
+    batch_dtype,
+    cosine_scheduler,
+    distributed,
+    has_bf16,
+    init_world,
+    keep_large_blocks,
+    log,
+)
 
 LINES_EVERY = 10  # steps
+
+
+def finetune(args: argparse.Namespace) -> None:
+    """What every script that fine-tunes does with its options."""
+    keep_large_blocks()
+    world = init_world(args.device, args.dist_url, args.backend)
+    if args.precision == "auto":
+        args.precision = "bf16" if has_bf16(world.device) else "fp32"
+    run = build_run(args, world)
+    conduct(run, evaluate if args.eval else train, report, trains=not args.eval)
 
 
 def build_run(args: argparse.Namespace, world: World) -> FinetuneRun:
     network, sets = build_network(args)
     images = args.batch_size_per_gpu * args.update_freq * world.size
-    niter = 1 if args.eval else steps_per_epoch(len(sets.train), images)
+    used = images_used(len(sets.train)) if getattr(args, "repeated_aug", False) else len(sets.train)
+    niter = 1 if args.eval else steps_per_epoch(used, images)
     if args.warmup_steps > niter * args.epochs and not args.eval:
         raise UsageError(f"--warmup_steps {args.warmup_steps}: longer than the {niter * args.epochs} steps of training")
     start = weights_hash(network.model)[:16]
     model = network.model.to(world.device, batch_dtype(args.precision))
-    groups = layer_decay_groups(
-        model, args.layer_decay, args.weight_decay, not args.disable_weight_decay_on_rel_pos_bias
-    )
+    if args.recipe == DEIT:
+        groups = decay_groups(model, args.weight_decay)
+    else:
+        biases = not args.disable_weight_decay_on_rel_pos_bias
+        groups = layer_decay_groups(model, args.layer_decay, args.weight_decay, biases)
     stepper = Stepper(model, groups, args.opt_betas, args.opt_eps, args.clip_grad, args.precision == "fp16")
     log.info(str(sets))
     run = FinetuneRun(
@@ -51,25 +88,29 @@ def build_run(args: argparse.Namespace, world: World) -> FinetuneRun:
         model=model,
         stepper=stepper,
         niter=niter,
-        lr=learning_rates(args, niter),
+        lr=learning_rates(args, niter, images),
         weight_decay=cosine_scheduler(args.weight_decay, final_decay(args), args.epochs, niter).tolist(),
         mixup=build_mixup(args, sets.classes),
         start=start,
     )
     log.info(f"{run.n_parameters / 1e6:.2f} M parameters, {images} images per step, {niter} steps per epoch")
     if args.model_ema:
-        from timm.utils import ModelEmaV3
-
-        run.ema = ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+        run.ema = weight_average(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
     if world.size > 1 and not args.eval:
         run.model = distributed(model, world.device)
     return run
 
 
-def learning_rates(args: argparse.Namespace, niter: int) -> list[float]:
-    """Of the head, for every step of the run."""
+def learning_rates(args: argparse.Namespace, niter: int, images: int) -> list[float]:
+    """Of the head, for every step of the run; DeiT's is that of 512 ``images`` a step, and changes with the epoch."""
     if args.eval:
         return []
+    if args.recipe == DEIT:
+        lr = args.lr * images / 512
+        rates = lagged_rates(lr, args.epochs, args.warmup_epochs, args.warmup_lr, args.min_lr)
+        if args.min_lr > lr:
+            log.warning(f"warning: --min_lr {args.min_lr:g} is above the rate of {lr:g}, which rises to it")
+        return [rate for rate in rates for _ in range(niter)]
     warmup = {"warmup_epochs": args.warmup_epochs, "warmup_steps": args.warmup_steps}
     return cosine_scheduler(args.lr, args.min_lr, args.epochs, niter, **warmup).tolist()
 

@@ -6,12 +6,15 @@ import torch
 
 from data.decode import reading_from
 from data.index import refresh_indices
+from data.labelled import SPLITS, open_labelled
 from data.published import place_from
+from evaluation.few_labels import listed
+from evaluation.finetune_options import LABELLED
 from evaluation.sets import Sets, open_train_and_test
 from models import ALIASES, VIT, family_of
 from models.adapt import load_to_finetune
 from models.checkpoints import Network, choose_architecture
-from models.finetuned import build_finetuned
+from models.finetuned import CutHead, build_finetuned
 from models.layouts.table import recorded_image_size
 from models.reading import read_backbone
 from utils import UsageError, log
@@ -44,6 +47,8 @@ def build_network(args: argparse.Namespace) -> tuple[Network, Sets]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         model = build_finetuned(arch, sets.classes, args.init_scale, backbone, transformer)
+        if kept := getattr(args, "finetune_head_layer", 0):
+            model.head = head_inside(args.finetune, state, model.embed_dim, sets.classes, kept)
     report = None
     if info is None:
         log.warning(f"NO --finetune: {arch} IS TRAINED FROM SCRATCH")
@@ -53,6 +58,19 @@ def build_network(args: argparse.Namespace) -> tuple[Network, Sets]:
         for note in info.notes:
             log.info(f"{info.path}: {note}")
     return Network(model, arch, arguments, report), sets
+
+
+def head_inside(path: str, state: dict, dim: int, classes: int, kept: int) -> CutHead:
+    """A classifier above the first ``kept`` layers of a file's projection head, of that head's widths."""
+    needed = [f"head.mlp.{2 * layer}.weight" for layer in range(kept)]
+    needed += ["head.last_layer.weight_v", "head.last_layer.weight_g"] * (kept == 3)
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise UsageError(f"--finetune_head_layer {kept}: {path} has no {missing[0]}; pass a whole checkpoint, or 0")
+    widths = {"hidden_dim": len(state[needed[0]])}
+    if kept == 3:
+        widths["out_dim"], widths["bottleneck_dim"] = state["head.last_layer.weight_v"].shape
+    return CutHead(dim, classes, kept, **widths)
 
 
 def architecture(args: argparse.Namespace, state: dict, info: object) -> tuple[str, dict]:
@@ -77,5 +95,10 @@ def build_sets(args: argparse.Namespace, recorded_size: int | None) -> Sets:
     whole = args.data_path is None or size >= 384  # a bundled tile has no border to cut off
     resize = int(size / (args.crop_pct or (1.0 if whole else 224 / 256)))
     refresh_indices(args.refresh_index)
-    images = open_train_and_test(place_from(args), args.subset, eval_data_path=args.eval_data_path)
+    if name := LABELLED.get(args.data_set):
+        images = tuple(open_labelled(name, args.data_path, part, official=not args.any_counts) for part in SPLITS)
+    else:
+        images = open_train_and_test(place_from(args), args.subset, eval_data_path=args.eval_data_path)
+    if getattr(args, "target_list_path", None):
+        images = listed(images[0], args.target_list_path), images[1]
     return Sets(images, reading_from(args), (size, resize), args.nb_classes, "--nb_classes")

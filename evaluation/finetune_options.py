@@ -11,9 +11,17 @@ from evaluation.network import add_process_arguments
 from evaluation.sets import SKIP_HELP, add_path_arguments
 from utils import PRECISIONS, Parser, UsageError, check_writable
 
+# --data_set of DeiT's descendants -> data/labelled.py; the others are folders
+LABELLED = {"CIFAR10": "cifar10", "CIFAR": "cifar100", "CIFAR100": "cifar100", "Cars": "cars196"}
+LABELLED |= dict.fromkeys(("flowers", "Flowers", "Flwrs"), "flowers")
+LABELLED |= {"INAT": "inat2018_names", "INAT18": "inat2018_names", "INAT19": "inat2019_names"}
 
-def get_args_parser() -> Parser:
-    parser = Parser(prog="eval_finetuning.py", description="Fine-tune a network with labels.")
+BEIT, DEIT = "beit", "deit"  # a rate for every layer and step; one for all layers, that changes with the epoch
+
+
+def get_args_parser(evaluation: str = "eval_finetuning") -> Parser:
+    parser = Parser(prog=f"{evaluation}.py", description="Fine-tune a network with labels.")
+    parser.set_defaults(recipe=BEIT, evaluation=evaluation)
     _add_network(parser.add_argument_group("network").add_argument)
     _add_optimisation(parser.add_argument_group("optimisation").add_argument)
     _add_augmentation(parser.add_argument_group("augmentation").add_argument)
@@ -22,6 +30,27 @@ def get_args_parser() -> Parser:
     _add_data_and_results(data.add_argument)
     add_reading_arguments(data)
     add_process_arguments(parser.add_argument_group("processes"))
+    return parser
+
+
+def get_deit_parser(evaluation: str) -> Parser:
+    """DeiT's recipe (2012.12877) with the defaults of iBOT's, AttMask's, Mugs's and UDI's scripts."""
+    parser = get_args_parser(evaluation)
+    parser.set_defaults(recipe=DEIT, lr=5e-4, epochs=300, min_lr=1e-5, warmup_epochs=5, layer_decay=1.0, init_scale=1.0)
+    parser.set_defaults(rel_pos_bias=False, abs_pos_emb=True, use_mean_pooling=False, layer_scale_init_value=0.0)
+    parser.set_defaults(imagenet_default_mean_and_std=True, mixup=0.8, cutmix=1.0, model_ema=True)
+    parser.set_defaults(model_ema_decay=0.99996)
+    (data_set,) = (action for action in parser._actions if action.dest == "data_set")
+    data_set.choices = ["IMNET", "image_folder", *LABELLED]
+    data_set.help = "official files at --data_path, or folders train/ and val/ (IMNET, image_folder)"
+    add = parser.add_argument_group("DeiT's recipe").add_argument
+    add("--warmup_lr", "--warmup-lr", default=1e-6, type=float, help="at the beginning of the warm-up; NOT scaled")
+    add("--repeated_aug", "--repeated-aug", action="store_true", help="an epoch has a third of the images, three times")
+    add("--no_repeated_aug", "--no-repeated-aug", action="store_false", dest="repeated_aug", help="without it")
+    kept = "layers of the projection head that are kept below the new one (0 to 3)"
+    add("--finetune_head_layer", default=0, type=int, choices=range(4), help=kept)
+    add("--target_list_path", default=None, metavar="FILE", help="names of the training images, one a line; out: all")
+    add("--any_counts", action="store_true", help="accept other numbers of images than the published ones")
     return parser
 
 
@@ -129,6 +158,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
             raise UsageError(f"--{name} {value:g}: must not be negative")
+    if args.recipe == DEIT and not 0 <= args.warmup_lr < math.inf:
+        raise UsageError(f"--warmup_lr {args.warmup_lr:g}: must not be negative")
+    if args.data_set in LABELLED and (args.data_path is None or args.subset or args.eval_data_path):
+        raise UsageError(f"--data_set {args.data_set}: pass --data_path, without --subset and --eval_data_path")
+    if args.recipe == DEIT and (args.finetune_head_layer and not args.finetune):
+        raise UsageError(f"--finetune_head_layer {args.finetune_head_layer}: of which head? pass --finetune")
     for name in ("lr", "layer_decay", "init_scale", "opt_eps", "clip_grad", "crop_pct"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:

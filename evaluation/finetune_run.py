@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.nn as nn
 
 from data.published import DATASET_OPTIONS
+from evaluation.confidence import interval_of
 from evaluation.finetune_steps import Stepper
 from evaluation.results import write_result
 from evaluation.run import Run, log_before, notes, refuse_another_run, save_run, take_notes
@@ -21,7 +22,7 @@ LATEST, BEST = "checkpoint.pth", "checkpoint-best.pth"
 FREE = {"data_path", "eval_data_path", "data_set", "output_dir", "log_dir", "num_workers", "device", "dist_url", "eval"}
 FREE |= {"local_rank", "backend", "finetune", "checkpoint_key", "model_key", "resume", "auto_resume", "dist_eval"}
 FREE |= {"save_ckpt_freq", "batch_size_per_gpu", "update_freq", "model", "patch_size", "window_size", "input_size"}
-FREE |= {"model_ema_force_cpu", "crop_pct", "skip_unreadable"}
+FREE |= {"model_ema_force_cpu", "crop_pct", "skip_unreadable", "recipe", "evaluation", "target_list_path", "any_counts"}
 FREE |= {*DATASET_OPTIONS, "refresh_index", "exif", "max_image_pixels"}  # they are in the fingerprints
 
 
@@ -159,6 +160,7 @@ def report(run: FinetuneRun) -> None:
     numbers = {name: best[key] for name, key in (("top1", "acc1"), ("top5", "acc5")) if key in best}
     numbers |= {"epoch": best["epoch"], "epochs": run.args.epochs, "last_top1": run.last["acc1"]}
     numbers["n_parameters"] = run.n_parameters
+    numbers["interval"] = list(interval_of(best["acc1"], run.tested))
     if run.world.rank == 0:
-        write_result(run.args, "eval_finetuning", run.network, run.sets, run.unreadable, numbers)
+        write_result(run.args, run.args.evaluation, run.network, run.sets, run.unreadable, numbers)
     log.info(f"Max accuracy: {best['acc1']:.2f}%{remark(run.unreadable)}")

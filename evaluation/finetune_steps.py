@@ -58,6 +58,13 @@ class Stepper:
         return norm
 
 
+def weight_average(model: nn.Module, decay: float, device: str | None = None) -> nn.Module:
+    """timm's average of ``model``'s weights and buffers (``module``), moved on by ``update(model)`` after a step."""
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model, decay=decay, device=device)
+
+
 def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy with a distribution per image; the mean over images."""
     return -(targets * F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)).sum(-1).mean()

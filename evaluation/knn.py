@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from data.datasets import images_per_class
+from evaluation.confidence import interval_of
 from utils import World, all_reduce_sum
 
 Accuracies = dict[int, tuple[float, float]]  # k -> (top-1, top-5) in percent
@@ -21,19 +22,22 @@ QUERIES = 512  # test images compared at once
 
 
 def nearest_neighbours(
-    bank: torch.Tensor, queries: torch.Tensor, k: int, working_bytes: int = WORKING_BYTES
+    bank: torch.Tensor, queries: torch.Tensor, k: int, working_bytes: int = WORKING_BYTES, cosine: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``k`` rows of ``bank`` (images, dim) with the largest cosine similarity to every row of ``queries``.
+
+    Without ``cosine`` the similarity is the dot product of the features as they are (UNIC's features_norm none).
 
     Returns similarities and row numbers, both (queries, k), most similar first. The bank is read in pieces that take
     no more than ``working_bytes``, normalised and compared, and the best of all pieces so far are kept.
     """
-    k, queries = min(k, len(bank)), F.normalize(queries, dim=1)
+    normalise = (lambda rows: F.normalize(rows, dim=1)) if cosine else (lambda rows: rows)
+    k, queries = min(k, len(bank)), normalise(queries)
     rows = max(1, working_bytes // (sum(queries.shape) * bank.element_size()))
     best = queries.new_empty(len(queries), 0)
     indices = best.long()
     for start in range(0, len(bank), rows):
-        piece = queries @ F.normalize(bank[start : start + rows], dim=1).T
+        piece = queries @ normalise(bank[start : start + rows]).T
         similarities, found = piece.topk(min(k, piece.shape[1]))
         del piece  # before the next one is made
         best, indices = torch.cat((best, similarities), dim=1), torch.cat((indices, found + start), dim=1)
@@ -55,12 +59,13 @@ def neighbours_in_chunks(
     k: int,
     num_classes: int,
     working_bytes: int = WORKING_BYTES,
+    cosine: bool = True,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """For a slice of test images at a time: their neighbours' similarities and labels, both (images, k)."""
     step = max(1, min(QUERIES, working_bytes // (num_classes * train_features.element_size())))
     for start in range(0, len(test_features), step):
         part = slice(start, min(start + step, len(test_features)))
-        similarities, indices = nearest_neighbours(train_features, test_features[part], k, working_bytes)
+        similarities, indices = nearest_neighbours(train_features, test_features[part], k, working_bytes, cosine)
         yield part, similarities, train_labels[indices]
 
 
@@ -74,7 +79,7 @@ def rank_of_class(votes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return ((votes > true) | ((votes == true) & before)).sum(dim=1)
 
 
-def knn_classify(
+def knn_right(
     train_features: torch.Tensor,
     train_labels: torch.Tensor,
     test_features: torch.Tensor,
@@ -84,21 +89,24 @@ def knn_classify(
     num_classes: int | None = None,
     world: World | None = None,
     working_bytes: int = WORKING_BYTES,
-) -> Accuracies:
-    """Top-1 and top-5 accuracy in percent for every k in ``ks``.
+    cosine: bool = True,
+) -> torch.Tensor:
+    """For every k in ``ks`` and every test image whether its class is first, and among the first min(5, k).
 
-    Features (images, dim) of any norm, labels (images,). Float64 features are compared in float64. Neighbours are
-    searched once, for the largest k; a k beyond the bank takes all of it. Top-5 counts the true class among the first
-    min(5, k). With ``world`` every process must call this with the same arguments, and does its share of the queries.
+    (ks, test images, 2) of 0 and 1, on every process. Features (images, dim) of any norm, labels (images,). Float64
+    features are compared in float64. Neighbours are searched once, for the largest k; a k beyond the bank takes all of
+    it. With ``world`` every process must call this with the same arguments, and does its share of the queries.
     """
     if not len(train_features) or not len(test_features):
         raise ValueError(f"k-NN of {len(test_features)} test images in a bank of {len(train_features)}")
     num_classes = num_classes or 1 + max(int(train_labels.max()), int(test_labels.max()))
-    total = len(test_features)
+    right = torch.zeros(len(ks), len(test_features), 2, dtype=torch.long, device=test_features.device)
+    mine = right
     if world is not None:
         test_features, test_labels = test_features[world.rank :: world.size], test_labels[world.rank :: world.size]
-    correct = torch.zeros(len(ks), 2, dtype=torch.long, device=test_features.device)
-    chunks = neighbours_in_chunks(train_features, train_labels, test_features, max(ks), num_classes, working_bytes)
+        mine = right[:, world.rank :: world.size]
+    options = (max(ks), num_classes, working_bytes, cosine)
+    chunks = neighbours_in_chunks(train_features, train_labels, test_features, *options)
     for part, similarities, labels in chunks:
         # relative to the best one: the same ranking, and no overflow at low temperatures
         relative = similarities - similarities[:, :1]
@@ -106,10 +114,29 @@ def knn_classify(
             rank = rank_of_class(
                 class_votes(relative[:, :k], labels[:, :k], temperature, num_classes), test_labels[part]
             )
-            correct[row] += torch.stack(((rank < 1).sum(), (rank < min(5, k)).sum()))
-    if world is not None:
-        correct = all_reduce_sum(correct.to(world.device))
-    return {k: (100 * first / total, 100 * five / total) for k, (first, five) in zip(ks, correct.tolist(), strict=True)}
+            mine[row, part] = torch.stack((rank < 1, rank < min(5, k)), dim=1).long()
+    return right if world is None else all_reduce_sum(right.to(world.device)).to(right.device)
+
+
+def knn_classify(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_features: torch.Tensor,
+    test_labels: torch.Tensor,
+    ks: Sequence[int],
+    *options,
+    **named,
+) -> Accuracies:
+    """Top-1 and top-5 accuracy in percent for every k in ``ks``; what follows are the options of ``knn_right``."""
+    features_and_labels = (train_features, train_labels, test_features, test_labels)
+    return accuracies_of(knn_right(*features_and_labels, ks, *options, **named), ks)
+
+
+def accuracies_of(right: torch.Tensor, ks: Sequence[int]) -> Accuracies:
+    """In percent, of what ``knn_right`` returns."""
+    total = right.shape[1]
+    sums = right.sum(dim=1).tolist()
+    return {k: (100 * first / total, 100 * five / total) for k, (first, five) in zip(ks, sums, strict=True)}
 
 
 def bank_rows(labels: torch.Tensor, per_class: int, start: int) -> torch.Tensor:
@@ -194,9 +221,14 @@ def as_numbers(accuracies: Accuracies, bank: Bank) -> dict[str, dict[str, float]
     }
 
 
-def runs_as_numbers(runs: dict[int, Accuracies], banks: Mapping[int, Bank]) -> dict:
-    """Accuracies and bank of a start; of several the means, the deviation of top-1, and every start's own."""
+def runs_as_numbers(runs: dict[int, Accuracies], banks: Mapping[int, Bank], tested: int = 0) -> dict:
+    """Accuracies and bank of a start; of several the means, the deviation of top-1, and every start's own.
+
+    ``tested``: so many test images, for the 95 % intervals of top-1 by k.
+    """
     own = {start: as_numbers(run, banks[start]) | {"bank": banks[start]._asdict()} for start, run in runs.items()}
+    for start, run in runs.items() if tested else ():
+        own[start]["intervals"] = {str(k): list(interval_of(top1, tested)) for k, (top1, _) in run.items()}
     if len(own) == 1:
         return next(iter(own.values()))
     numbers = as_numbers(mean_accuracies(runs), min(banks.values()))

@@ -4,25 +4,29 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.datasets import ALL, BadImage, Source
+from data.datasets import ALL, Source
 from data.decode import reading_from
 from data.index import refresh_indices
 from data.preprocess import eval_transform
 from data.published import place_from
 from evaluation.baselines import BINS, RAW_SIDE, colour_histogram, raw_pixels
-from evaluation.cache import FeatureCache
+from evaluation.cache import FeatureCache, FeatureStore, Preparation, still_unreadable
+from evaluation.compared import compared
+from evaluation.confidence import interval_of
 from evaluation.features import Feature, extract_features
 from evaluation.knn import (
     Accuracies,
     Bank,
+    accuracies_of,
     as_numbers,
     bank_rows,
     deviation,
     doubts,
-    knn_classify,
+    knn_right,
     mean_accuracies,
     remark_on_k,
     runs_as_numbers,
@@ -98,17 +102,40 @@ def evaluate(args: argparse.Namespace, world: World, append: bool) -> None:
     """One network of a checkpoint; ``append``: its result becomes a further line of eval_knn.json."""
     run = build_run(args, world)
     rows = baseline_accuracies(run) if args.baselines else {}
-    runs = classify(run, *network_features(run))
+    right: dict[str, np.ndarray] = {}
+    runs = classify(run, *network_features(run), right)
     banks = {start: Bank.of(run.labels("train")[run.bank(start)]) for start in runs}
     show(run, runs, banks)
     if args.baselines:
         name = f"{run.network.label}, {args.pretrained_weights or 'random weights'}"
         log.info("k-NN top-1 in percent\n" + table(rows | {name: mean_accuracies(runs)}, args.nb_knn))
     if world.rank == 0:
-        numbers = runs_as_numbers(runs, banks)
+        numbers = runs_as_numbers(runs, banks, len(run.labels("test")))
         smallest = min(banks.values())
         numbers |= {"baselines": {name: as_numbers(row, smallest) for name, row in rows.items()}} if rows else {}
+        numbers |= compared(args, "eval_knn", run.sets.test.fingerprint, right)
         write_result(args, "eval_knn", run.network, run.sets, run.counts, numbers, append)
+
+
+# AttMask's rows (2203.12719): images per class -> neighbours, and the first image of each of five banks
+LOW_SHOT = {1: (1, range(0, 25, 5)), 5: (20, range(0, 25, 5)), 10: (20, range(0, 50, 10)), 20: (20, range(0, 100, 20))}
+
+
+def evaluate_low_shot(args: argparse.Namespace, world: World, append: bool) -> None:
+    """All rows of LOW_SHOT on features that are extracted once; the file has a table for each."""
+    span = max(max(starts) + images for images, (_, starts) in LOW_SHOT.items())
+    run = build_run(argparse.Namespace(**{**vars(args), "subset": span, "subset_starts": [0]}), world)
+    features, tested, numbers = network_features(run), len(run.labels("test")), {}
+    for images, (k, starts) in LOW_SHOT.items():
+        log.info(f"{images} image{'s' * (images > 1)} per class")
+        run.args = argparse.Namespace(**{**vars(args), "nb_knn": [k]})
+        run.rows = {start: bank_rows(run.sets.train_labels, images, start) for start in starts}
+        runs = classify(run, *features)
+        banks = {start: Bank.of(run.labels("train")[run.bank(start)]) for start in runs}
+        show(run, runs, banks)
+        numbers[str(images)] = runs_as_numbers(runs, banks, tested)
+    if world.rank == 0:
+        write_result(args, "eval_knn", run.network, run.sets, run.counts, {"low_shot": numbers}, append)
 
 
 def show(run: KnnRun, runs: dict[int, Accuracies], banks: dict[int, Bank]) -> None:
@@ -120,7 +147,8 @@ def show(run: KnnRun, runs: dict[int, Accuracies], banks: dict[int, Bank]) -> No
         log.info(f"{where}{', '.join(map(str, accuracies))} neighbours in a bank of {bank}")
         for k, (top1, top5) in accuracies.items():
             result = f"{where}{k}-NN classifier result: Top1: {top1}" + f", Top5: {top5}" * (k > 1)
-            log.info(result + remark_on_k(k, bank) + remark(run.counts))
+            interval = f" ({interval_of(top1, len(run.labels('test')))})"
+            log.info(result + interval + remark_on_k(k, bank) + remark(run.counts))
     if len(runs) > 1:
         for k, (top1, _) in mean_accuracies(runs).items():
             log.info(
@@ -160,6 +188,8 @@ def without(run: KnnRun, part: str, unreadable: Sequence[Unreadable]) -> None:
 def network_features(run: KnnRun) -> list[torch.Tensor]:
     """Normalised features of the train and the test images, from a folder where one is given and fits."""
     args, sets, world, network = run.args, run.sets, run.world, run.network
+    if args.feature_cache:
+        return stored_features(run)
     key = {}
     if args.load_features or args.dump_features:
         cache = FeatureCache(args.load_features or args.dump_features)
@@ -168,7 +198,7 @@ def network_features(run: KnnRun) -> list[torch.Tensor]:
             "weights": weights_hash(network.model),
             "arch": network.label,
             "feature": f"{run.feature}, L2-normalised",
-            "preprocessing": f"resize {sets.resize_size} bicubic, centre crop {sets.crop_size}, ImageNet normalisation",
+            "preprocessing": str(Preparation(sets.crop_size, sets.resize_size)),
             "train": sets.train.fingerprint,
             "test": sets.test.fingerprint,
         }
@@ -190,26 +220,29 @@ def network_features(run: KnnRun) -> list[torch.Tensor]:
     return both
 
 
+def stored_features(run: KnnRun) -> list[torch.Tensor]:
+    """The same, from --feature_cache."""
+    store, found = FeatureStore(run.args.feature_cache), {}
+    options = {"batch_size": run.args.batch_size_per_gpu, "num_workers": run.args.num_workers}
+    preparation = Preparation(run.sets.crop_size, run.sets.resize_size)
+    for part in ("test", "train"):
+        wanted = (run.network, run.source(part), preparation, [run.feature])
+        (rows,), unreadable = store.features(*wanted, world=run.world, **options)
+        without(run, part, unreadable)
+        found[part] = F.normalize(rows, dim=1)
+    return [found["train"], found["test"]]
+
+
 def noted(unreadable: dict[str, Sequence[Unreadable]]) -> dict:
     """What the key of kept features says of images without a row; nothing where there are none."""
     indices = {part: [image.index for image in images] for part, images in unreadable.items()}
     return {"unreadable": indices} if any(indices.values()) else {}
 
 
-def still_unreadable(source: Source, indices: Sequence[int]) -> list[Unreadable]:
-    """Those of the images ``indices`` that cannot be read now either: mended ones are part of the set again."""
-    found = []
-    for index in indices:
-        try:
-            if 0 <= index < len(source):
-                source.pil(index)
-        except BadImage as error:
-            found.append(Unreadable(index, error.name, error.reason))
-    return found
-
-
-def classify(run: KnnRun, bank: torch.Tensor, queries: torch.Tensor) -> dict[int, Accuracies]:
-    """For every one of --subset_starts."""
+def classify(
+    run: KnnRun, bank: torch.Tensor, queries: torch.Tensor, right: dict[str, np.ndarray] | None = None
+) -> dict[int, Accuracies]:
+    """For every one of --subset_starts. ``right`` takes which test images are, for every start and k."""
     args = run.args
     device = run.world.device if args.use_cuda else torch.device("cpu")
     queries, test_labels = queries.to(device), run.labels("test").to(device)
@@ -218,7 +251,12 @@ def classify(run: KnnRun, bank: torch.Tensor, queries: torch.Tensor) -> dict[int
         rows = run.bank(start)
         known, labels = bank[rows].to(device), run.labels("train")[rows].to(device)
         options = (args.nb_knn, args.temperature, run.sets.classes, run.world)
-        results[start] = knn_classify(known, labels, queries, test_labels, *options)
+        found = knn_right(known, labels, queries, test_labels, *options)
+        results[start] = accuracies_of(found, args.nb_knn)
+        if right is not None:
+            rows = found[..., 0].bool().cpu().numpy()
+            where = f", from image {start} on" * (len(run.rows) > 1)
+            right |= {f"{k}-NN{where}": row for k, row in zip(args.nb_knn, rows, strict=True)}
     return results
 
 

@@ -3,28 +3,27 @@
 import argparse
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from data.decode import reading_from
 from data.index import refresh_indices
+from data.linear_views import StrongLinearViews
 from data.loader import TrainLoader
 from data.preprocess import eval_transform
 from data.published import place_from
 from data.views import LinearViews
-from evaluation.features import CLS, Feature, token_features
+from evaluation.features import CLS, Feature, feature_widths, token_features
 from evaluation.linear_heads import LinearHeads, Probe, Recipe, best_head, cosine_factor, heads_of, initial_heads
 from evaluation.linear_run import (
-    SWEEP_DECAYS,
-    SWEEP_OPTIMIZERS,
+    SWEEPS,
     LinearRun,
     best_path,
     log_line,
     resume,
     save,
-    sweep_recipes,
 )
 from evaluation.network import chosen_features, network_from_options, within_depth
 from evaluation.run import (
@@ -52,23 +51,17 @@ def build_run(args: argparse.Namespace, world: World) -> LinearRun:
     log.info(str(sets))
     recipes = [Recipe(lr) for lr in dict.fromkeys(args.lr or [0.001])]
     if args.sweep_lr_only is not None:
-        recipes = sweep_recipes(args.sweep_lr_only)
+        recipes = SWEEPS[args.sweep].recipes(args.sweep_lr_only)
     scale = args.batch_size_per_gpu * world.size / 256
     scaled = [recipe._replace(lr=recipe.lr * scale) for recipe in recipes]
     groups = []
     for width in feature_widths(model, features, sets.crop_size, world.device):
         heads = initial_heads(len(recipes), sets.classes, width, args.seed)
-        groups.append(LinearHeads(*(tensor.to(world.device) for tensor in heads), scaled))
+        groups.append(LinearHeads(*(tensor.to(world.device) for tensor in heads), scaled, floor=args.lr_min))
     common = {"args": args, "world": world, "network": network, "sets": sets}
     run = LinearRun(**common, features=features, recipes=recipes, probe=Probe(groups))
     log.info(f"linear heads: {len(run.probe)}, on {'; '.join(map(str, features))}; lr is multiplied by {scale:g}")
     return run
-
-
-@torch.no_grad()
-def feature_widths(model, features: Sequence[Feature], crop_size: int, device: torch.device) -> list[int]:
-    image = torch.zeros(1, 3, crop_size, crop_size, device=device)
-    return [feature.shape[1] for feature in token_features(model, image, features)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,11 +74,15 @@ def train(run: LinearRun) -> None:
     start, lines = resume(run)
     if start == 0:
         see_test_images(run, eval_transform(run.sets.crop_size, run.sets.resize_size))
-    loader, pieces = training_pieces(run, LinearViews(run.sets.crop_size, args.augment), start, drop_last=False)
+    loader, pieces = training_pieces(run, training_views(args, run.sets.crop_size), start, drop_last=False)
     if run.untested is not None:
         end_epoch(run, start - 1, run.untested, lines)
     for epoch in range(start, args.epochs):
         end_epoch(run, epoch, train_one_epoch(run, loader, pieces, epoch), lines)
+
+
+def training_views(args: argparse.Namespace, crop_size: int) -> LinearViews | StrongLinearViews:
+    return StrongLinearViews(crop_size) if args.augment == "strong" else LinearViews(crop_size, args.augment)
 
 
 def end_epoch(run: LinearRun, epoch: int, losses: list[float], lines: list[dict]) -> None:
@@ -146,7 +143,7 @@ def judge(run: LinearRun, epoch: int, tests: list[dict]) -> bool:
     """Keep the best head of this epoch if it equals or beats the best so far; whether it does."""
     accuracies = [result["acc1"] for result in tests]
     run.peaks = [max(pair) for pair in zip(run.peaks or accuracies, accuracies, strict=True)]
-    only_lr = len(SWEEP_DECAYS) * len(SWEEP_OPTIMIZERS) if run.args.sweep_lr_only is False else 1
+    only_lr = SWEEPS[run.args.sweep].beside if run.args.sweep_lr_only is False else 1
     run.best_acc_sweep_lr_only = max(run.best_acc_sweep_lr_only, *accuracies[::only_lr])
     head = best_head(accuracies)
     log.info(f"Accuracy at epoch {epoch} of the network on the {run.tested} test images: {accuracies[head]:.1f}%")

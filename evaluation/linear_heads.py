@@ -39,6 +39,11 @@ def cosine_factor(epoch: int, epochs: int) -> float:
     return (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
+def rate_at(lr: float | torch.Tensor, factor: float, floor: float = 0.0) -> float | torch.Tensor:
+    """A learning rate on its way from ``lr`` to ``floor``, which is above it in some published recipes."""
+    return floor + (lr - floor) * factor if floor else lr * factor
+
+
 def initial_heads(heads: int, classes: int, dim: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (heads, classes, dim) from N(0, 0.01^2) and biases (heads, classes) of 0, float32.
 
@@ -50,12 +55,23 @@ def initial_heads(heads: int, classes: int, dim: int, seed: int = 0) -> tuple[to
 
 
 class LinearHeads:
-    """Heads on one feature: ``weight`` (heads, classes, dim), ``bias`` (heads, classes), and a recipe for each."""
+    """Heads on one feature: ``weight`` (heads, classes, dim), ``bias`` (heads, classes), and a recipe for each.
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, recipes: Sequence[Recipe]):
+    ``floor``: the learning rate where the schedule has fallen to 0, whatever a recipe's own.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        recipes: Sequence[Recipe],
+        momentum: float = MOMENTUM,
+        floor: float = 0.0,
+    ):
         if not len(weight) == len(bias) == len(recipes):
             raise ValueError(f"{len(weight)} weights, {len(bias)} biases and {len(recipes)} recipes")
         self.weight, self.bias, self.recipes = weight, bias, list(recipes)
+        self.momentum, self.floor = momentum, floor
         self.momenta = torch.zeros_like(weight), torch.zeros_like(bias)
         columns = [(r.lr, r.weight_decay, r.optimizer == "lars") for r in recipes]
         self._lr, self._decay, self._lars = torch.tensor(columns, dtype=torch.float64).to(weight).T
@@ -92,7 +108,7 @@ class LinearHeads:
         return losses
 
     def step(self, gradients: Sequence[torch.Tensor], factor: float) -> None:
-        """One step at ``factor`` times the recipes' learning rates; the gradients are used up.
+        """One step ``factor`` of the way from the floor to the recipes' learning rates; the gradients are used up.
 
         As torch's SGD and DINO's LARS: of the latter, decay and trust ratio concern the weights only, not the biases.
         """
@@ -104,8 +120,11 @@ class LinearHeads:
                 update.addcmul_(parameter, decay.view(shape))
             if self._has_lars and is_weight:
                 update.mul_(torch.where(self._lars > 0, trust_ratio(parameter, update), 1.0).view(shape))
-            momentum.mul_(MOMENTUM).add_(update)
-            parameter.addcmul_(momentum, self._lr.view(shape), value=-factor)
+            momentum.mul_(self.momentum).add_(update)
+            if self.floor:
+                parameter.addcmul_(momentum, rate_at(self._lr, factor, self.floor).view(shape), value=-1)
+            else:
+                parameter.addcmul_(momentum, self._lr.view(shape), value=-factor)
 
     def test(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """(3, heads) float64, summed over images: cross-entropy, true class first, and among the first five."""
@@ -139,6 +158,10 @@ class Probe:
     @property
     def recipes(self) -> list[Recipe]:
         return [recipe for group in self.groups for recipe in group.recipes]
+
+    @property
+    def floor(self) -> float:
+        return self.groups[0].floor
 
     def train_step(
         self, features: Sequence[torch.Tensor], labels: torch.Tensor, images: int, factor: float
@@ -187,21 +210,23 @@ def saved_heads(probe: Probe, epoch: int, epochs: int) -> dict:
     for number, (weight, bias, *_) in enumerate(heads):
         prefix = f"{number}." if several else ""
         state |= {f"{prefix}module.linear.weight": weight, f"{prefix}module.linear.bias": bias}
-    factor = cosine_factor(epoch, epochs)
-    optimizers = [_optimizer(r, factor, tensors[2:]) for r, tensors in zip(probe.recipes, heads, strict=True)]
+    floor = probe.floor or 0
+    rates = [rate_at(recipe.lr, cosine_factor(epoch, epochs), floor) for recipe in probe.recipes]
+    parts = list(zip(probe.recipes, rates, heads, strict=True))
+    optimizers = [_optimizer(recipe, rate, tensors[2:]) for recipe, rate, tensors in parts]
     schedulers = [
-        {"T_max": epochs, "eta_min": 0, "base_lrs": [r.lr], "last_epoch": epoch, "_last_lr": [r.lr * factor]}
-        for r in probe.recipes
+        {"T_max": epochs, "eta_min": floor, "base_lrs": [recipe.lr], "last_epoch": epoch, "_last_lr": [rate]}
+        for recipe, rate, _ in parts
     ]
     if several:
         return {"epoch": epoch, "state_dict": state, "optimizers": optimizers, "schedulers": schedulers}
     return {"epoch": epoch, "state_dict": state, "optimizer": optimizers[0], "scheduler": schedulers[0]}
 
 
-def _optimizer(recipe: Recipe, factor: float, momenta: Sequence[torch.Tensor]) -> dict:
+def _optimizer(recipe: Recipe, rate: float, momenta: Sequence[torch.Tensor]) -> dict:
     """The state dict of torch's SGD, or of DINO's LARS, over weight and bias."""
     name = {"sgd": "momentum_buffer", "lars": "mu"}[recipe.optimizer]
-    group = {"lr": recipe.lr * factor, "initial_lr": recipe.lr, "momentum": MOMENTUM}
+    group = {"lr": rate, "initial_lr": recipe.lr, "momentum": MOMENTUM}
     group |= {"weight_decay": recipe.weight_decay, "params": [0, 1]}
     group |= {"dampening": 0, "nesterov": False} if recipe.optimizer == "sgd" else {"eta": ETA}
     return {"state": {i: {name: momentum} for i, momentum in enumerate(momenta)}, "param_groups": [group]}

@@ -4,9 +4,11 @@ import argparse
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+from evaluation.confidence import interval_of
 from evaluation.features import CLS, Feature
-from evaluation.linear_heads import Probe, Recipe, best_head, cosine_factor, restore_heads, saved_heads
+from evaluation.linear_heads import Probe, Recipe, best_head, cosine_factor, rate_at, restore_heads, saved_heads
 from evaluation.results import write_result
 from evaluation.run import Run, log_before, notes, refuse_another_run, save_run, take_notes
 from evaluation.unreadable import remark
@@ -14,17 +16,36 @@ from models.checkpoints import weights_hash
 from models.safe_load import load_file
 from utils import barrier, log
 
-SWEEP_LRS = [digit * 10.0**exponent for exponent in range(-4, 1) for digit in range(1, 10)]
-SWEEP_DECAYS, SWEEP_OPTIMIZERS = (0.0, 1e-6), ("sgd", "lars")
+
+class Sweep(NamedTuple):
+    """A grid of recipes: every rate with every weight decay and every optimiser, the last of them fastest."""
+
+    lrs: list[float]
+    decays: tuple[float, ...]
+    optimizers: tuple[str, ...] = ("sgd", "lars")
+
+    def recipes(self, lr_only: bool) -> list[Recipe]:
+        """Of ``lr_only`` the rates alone, without decay, by SGD."""
+        if lr_only:
+            return [Recipe(lr) for lr in self.lrs]
+        return [Recipe(lr, wd, name) for lr in self.lrs for wd in self.decays for name in self.optimizers]
+
+    @property
+    def beside(self) -> int:
+        """Heads of the whole grid that have one rate."""
+        return len(self.decays) * len(self.optimizers)
+
+
+def _digits(exponents: range) -> list[float]:
+    return [digit * 10.0**exponent for exponent in exponents for digit in range(1, 10)]
+
+
+SWEEPS = {
+    "ibot": Sweep(_digits(range(-4, 1)), (0.0, 1e-6)),
+    "mugs": Sweep(_digits(range(-4, 0)), (0.0, 1e-6, 1e-5, 1e-4, 1e-3)),
+}
 LATEST = "checkpoint.pth.tar"
 OTHER_HEADS = {"heads": "other heads (--lr, --n_last_blocks, --avgpool_patchtokens, ...)"}
-
-
-def sweep_recipes(lr_only: bool) -> list[Recipe]:
-    """iBOT's grid (eval_linear_multi.py): rates, or for every rate all weight decays and for each both optimisers."""
-    if lr_only:
-        return [Recipe(lr) for lr in SWEEP_LRS]
-    return [Recipe(lr, wd, name) for lr in SWEEP_LRS for wd in SWEEP_DECAYS for name in SWEEP_OPTIMIZERS]
 
 
 @dataclass(kw_only=True)
@@ -58,7 +79,7 @@ def log_line(run: LinearRun, epoch: int, losses: list[float], tests: list[dict] 
     """A line of log.txt: DINO's keys, of the best head of this epoch; of several heads ``heads`` holds each one's."""
     factor = cosine_factor(epoch, run.args.epochs)
     rows = [
-        {"train_loss": finite(loss), "train_lr": recipe.lr * factor}
+        {"train_loss": finite(loss), "train_lr": rate_at(recipe.lr, factor, run.probe.floor)}
         for loss, recipe in zip(losses, run.probe.recipes, strict=True)
     ]
     head = run.best["head"] if run.best else 0
@@ -90,6 +111,7 @@ def options_of_trajectory(run: LinearRun) -> dict:
         "images per step": args.batch_size_per_gpu * run.world.size,
         "crop and resize": [sets.crop_size, sets.resize_size],
         **{f"--{name}": getattr(args, name) for name in ("epochs", "seed", "val_freq", "augment")},
+        **({"--lr_min": args.lr_min} if args.lr_min else {}),  # so that runs before the option can be continued
     }
 
 
@@ -149,9 +171,11 @@ def report(run: LinearRun) -> None:
         peaks = zip(run.heads, run.peaks, strict=True)
         numbers |= {"epoch": best["epoch"], "head": run.heads[best["head"]], "epochs": run.args.epochs}
         numbers["heads"] = [head | {"top1": peak} for head, peak in peaks]
+    interval = interval_of(best["acc1"], run.tested)
+    numbers["interval"] = list(interval)
     if run.world.rank == 0:
         write_result(run.args, "eval_linear", run.network, run.sets, run.unreadable, numbers)
-    log.info(f"Top-1 test accuracy: {best['acc1']:.1f}{remark(run.unreadable)}")
+    log.info(f"Top-1 test accuracy: {best['acc1']:.1f} ({interval}){remark(run.unreadable)}")
 
 
 def table(run: LinearRun) -> str:

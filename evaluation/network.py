@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
-from evaluation.features import CLASS_TOKENS, CLS, INTERLEAVED, MEAN, OUTPUT, POOLINGS, Feature
+from evaluation.features import CLASS_TOKENS, CLS, INTERLEAVED, MEAN, NORMALISED_MEAN, OUTPUT, POOLINGS, Feature
 from models import ALIASES, build_backbone, family_of
 from models.checkpoints import Network, add_unseen_arguments, network_from_file
 from models.teacher_space import teacher_space_from_file
@@ -47,7 +47,8 @@ def add_feature_arguments(parser: argparse._ActionsContainer, n_last_blocks: int
 
     add("--n_last_blocks", n_last_blocks, type=int, help="class tokens of so many last blocks, or of all there are")
     means = (
-        "0: no patch tokens; 1: only their mean, before the norm; 2: their mean as well; interleaved: as DINO's true"
+        "0: no patch tokens; 1: only their mean, before the norm; mean: after it; 2: their mean as well; "
+        "interleaved: as DINO's true"
     )
     add("--avgpool_patchtokens", POOLINGS[0], type=pooling, metavar="POOLING", help=means)
     add("--class_token", CLS, choices=tuple(CLASS_TOKENS), help="which one, of networks with two (UDI)")
@@ -66,7 +67,7 @@ def chosen_features(
     More blocks than it has are all it has.
     """
     combinations = itertools.product(n_last_blocks, poolings, tokens)
-    features = [Feature(1, p) if p == MEAN else Feature(n, p, token) for n, p, token in combinations]
+    features = [Feature(1, p) if p in (MEAN, NORMALISED_MEAN) else Feature(n, p, token) for n, p, token in combinations]
     features = list(dict.fromkeys(features))
     if min(n_last_blocks) < 1:
         raise UsageError(f"--n_last_blocks {min(n_last_blocks)}: must be at least 1")

@@ -17,24 +17,25 @@ class Images(Protocol):
 def write_result(
     args: argparse.Namespace,
     evaluation: str,
-    network: Network,
-    sets: Images,
+    network: Network | None,
+    sets: Images | str,
     unreadable: Mapping[str, int],
     numbers: dict,
     append: bool = False,
 ) -> Path:
     """``<--output_dir>/<evaluation>.json``: one line, with the same fields in every evaluation.
 
+    ``network``: None where features were given; ``sets``, or what to say of the images.
     ``unreadable``: how many images of "train" and of "test" could not be read.
     ``append``: after the lines that are there, of further networks of the same command.
     """
-    info = network.report.info if network.report else None
+    info = network.report.info if network and network.report else None
     result = {
         "evaluation": evaluation,
         "checkpoint": str(info.path) if info else None,
         "checkpoint_key": (info.prefix.removesuffix(".") or info.key or args.checkpoint_key) if info else None,
-        "arch": network.label,
-        "data": sets.data,
+        "arch": network.label if network else None,
+        "data": sets if isinstance(sets, str) else sets.data,
         "unreadable": dict(unreadable),
         "numbers": numbers,
     }

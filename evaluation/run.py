@@ -72,6 +72,7 @@ def training_pieces(
         num_workers=args.num_workers,
         start_epoch=start,
         drop_last=drop_last,
+        repeated=getattr(args, "repeated_aug", False),
     )
     return loader, to_device_ahead(loader, run.world.device) if start < args.epochs else iter(())
 

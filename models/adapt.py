@@ -18,7 +18,9 @@ from models.reading import Info
 from models.safe_load import CheckpointError
 from utils import log
 
-NEW = re.compile(r"head\.(weight|bias)$|fc_norm\.|blocks\.\d+\.(gamma_[12]$|attn\.relative_position_bias_table$)")
+NEW = re.compile(
+    r"head\.(cls_head\.)?(weight|bias)$|fc_norm\.|blocks\.\d+\.(gamma_[12]$|attn\.relative_position_bias_table$)"
+)
 TABLE = re.compile(r"blocks\.\d+\.attn\.relative_position_bias_table$")
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 

@@ -5,6 +5,7 @@ their names: ``head.*`` beside those of the backbone, ``fc_norm.*`` instead of `
 ``blocks.<i>.attn.relative_position_bias_table`` where positions are relative. A network takes images of one size only.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from models import ALIASES, SWIN, VIT, family_of
 from models.blocks import Attention, attention_weights
 from models.swin import SwinTransformer, relative_position_index
 from models.vit import VisionTransformer
+from models.weight_norm import WeightNormLinear, unit_vectors
 from utils import UsageError
 
 
@@ -139,6 +141,42 @@ class FinetunedSwin(SwinTransformer):
         return self.head(self.pooled(images, draws))
 
 
+class CutHead(nn.Module):
+    """A classifier inside a pretrained projection head: its first ``kept`` linear layers, then a new one.
+
+    Images' features (batch, in_dim) -> logits (batch, classes). Of three kept layers the bottleneck is normalised and
+    compared with the prototypes, whose similarities the new layer reads (iBOT 2111.07832, SimCLR v2 2006.10029).
+    Parameters have the names of the projection head (methods/heads.py), the new layer is ``cls_head``.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int,
+        kept: int,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        out_dim: int = 8192,
+    ):
+        super().__init__()
+        widths = [in_dim, hidden_dim, hidden_dim, bottleneck_dim][: kept + 1]
+        layers: list[nn.Module] = []
+        for width_in, width_out in itertools.pairwise(widths):
+            layers += [nn.Linear(width_in, width_out), nn.GELU()]
+        whole = kept == 3
+        self.mlp = nn.Sequential(*layers[: -1 if whole else None])
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_norm=True) if whole else None
+        self.cls_head = nn.Linear(out_dim if whole else widths[-1], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        x = self.mlp(features)
+        return self.cls_head(x if self.last_layer is None else self.last_layer(unit_vectors(x)))
+
+
 def scale_head(head: nn.Linear, init_scale: float) -> None:
     with torch.no_grad():
         head.weight.mul_(init_scale)
@@ -200,6 +238,22 @@ def layer_decay_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """What is not decayed, vectors and biases, and everything else; one rate for all of them (DeiT 2012.12877).
+
+    parity: class token and positions are decayed here.
+    """
+    groups = [
+        {"lr_scale": 1.0, "weight_decay": d, "decays": d > 0, "params": [], "names": []} for d in (0.0, weight_decay)
+    ]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = groups[parameter.ndim > 1 and not name.endswith(".bias")]
+            group["params"].append(parameter)
+            group["names"].append(name)
+    return [group for group in groups if group["params"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

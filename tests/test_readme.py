@@ -14,12 +14,17 @@ import visualize_tsne
 from eval_finetuning import extract_backbone_weights_for_finetuning as extract
 from eval_knn import eval_knn
 from eval_linear import eval_linear
+from eval_semi_supervised import eval_semi_supervised as few_labels
 from eval_zero_shot import eval_zero_shot
 from evaluation.finetune_options import get_args_parser as finetune_parser
+from evaluation.finetune_options import get_deit_parser as deit_parser
+from evaluation.transfer_options import get_args_parser as transfer_parser
 from training.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
-EVALUATIONS = [f"eval_{name}/README.md" for name in ("finetuning", "knn", "linear", "zero_shot")]
+EVALUATIONS = [
+    f"eval_{name}/README.md" for name in ("finetuning", "knn", "linear", "semi_supervised", "transfer", "zero_shot")
+]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", *EVALUATIONS, "benchmarks/RESULTS.md")]
 DOCUMENTS += sorted((ROOT / "configs").glob("*/README.md"))
 WRITTEN_BY_A_RUN = {"log.txt"}
@@ -56,6 +61,10 @@ def test_a_documented_command_parses(document, command):
         ),
         "eval_zero_shot/eval_zero_shot.py": lambda argv: eval_zero_shot.get_args_parser().parse_args(argv),
         "visualize_relative.py": lambda argv: visualize_relative.get_args_parser().parse_args(argv),
+        "eval_semi_supervised/eval_semi_supervised.py": lambda argv: few_labels.get_args_parser().parse_args(argv),
+        "eval_semi_supervised/eval_semi_supervised_finetuning.py": lambda argv: deit_parser("").parse_args(argv),
+        "eval_transfer/eval_transfer.py": lambda argv: transfer_parser().parse_args(argv),
+        "eval_transfer/eval_transfer_finetuning.py": lambda argv: deit_parser("").parse_args(argv),
         "visualize_attention.py": lambda argv: visualize_attention.get_args_parser().parse_args(argv),
         "visualize_tsne.py": lambda argv: visualize_tsne.get_args_parser().parse_args(argv),
         "visualize_neighbours.py": lambda argv: visualize_neighbours.get_args_parser().parse_args(argv),

@@ -13,7 +13,7 @@ from PIL import Image
 from data.datasets import Source, SubsetSource, open_source
 from data.preprocess import eval_transform
 from eval_knn.eval_knn import main
-from evaluation import sets
+from evaluation import knn_run, sets
 from evaluation.features import extract_features
 from evaluation.knn import knn_classify
 from models import build_backbone
@@ -63,10 +63,30 @@ def test_it_prints_the_originals_lines_and_writes_one_json(evaluate, tmp_path):
     assert list(result) == ["evaluation", "checkpoint", "checkpoint_key", "arch", "data", "unreadable", "numbers"]
     assert (result["checkpoint"], result["checkpoint_key"], result["arch"]) == (str(path), "teacher", "vit_micro/8")
     top1, top5 = result["numbers"]["5"].values()
-    assert f"5-NN classifier result: Top1: {top1}, Top5: {top5}\n" in said
+    low, high = result["numbers"]["intervals"]["5"]
+    assert f"5-NN classifier result: Top1: {top1}, Top5: {top5} (95 %: {low:.2f} to {high:.2f})\n" in said
     assert list(result["numbers"]["1"]) == ["top1"]  # the first of one neighbour is all there is
-    assert f"1-NN classifier result: Top1: {result['numbers']['1']['top1']}\n" in said
+    assert f"1-NN classifier result: Top1: {result['numbers']['1']['top1']} (95 %: " in said
     assert result["numbers"]["1"]["top1"] > 40  # four classes that differ in colour
+
+
+def test_a_cache_gives_the_same_numbers_and_another_network_is_compared_on_the_same_images(evaluate, tmp_path):
+    options = ("--crop_size", 32, "--knn_k", 3, "--knn_temp", 0.1)
+    ours, theirs, said = micro(tmp_path), micro(tmp_path, seed=4), {}
+    for name, more in {"plain": (), "cache": ("--feature_cache", tmp_path / "kept")}.items():
+        code, said[name], error = evaluate("--pretrained_weights", ours, *options, *more)
+        assert code == 0, error
+        said[name] = [line for line in said[name].splitlines() if "classifier result" in line]
+    assert said["plain"] == said["cache"]
+    (tmp_path / "out" / "eval_knn_right.npz").rename(tmp_path / "ours.npz")
+    compare = ("--compare", tmp_path / "ours.npz")
+    code, found, error = evaluate("--pretrained_weights", theirs, *options, *compare)
+    assert code == 0 and "3-NN, compared with" in found, error
+    code, found, error = evaluate("--pretrained_weights", theirs, "--crop_size", 32, "--nb_knn", 2, *compare)
+    assert code == 2 and "holds 3-NN, and here are 2-NN" in error
+    (tmp_path / "ours.npz").write_bytes(b"else")
+    code, found, error = evaluate("--pretrained_weights", theirs, *options, *compare)
+    assert code == 2 and "not a file that these evaluations write" in error and error.count("\n") == 1
 
 
 def test_several_starts_are_one_extraction_and_a_mean(evaluate, tmp_path):
@@ -90,6 +110,23 @@ def test_several_starts_are_one_extraction_and_a_mean(evaluate, tmp_path):
     assert "from image 4 on: 3-NN classifier result" in said
     code, _, error = evaluate(*network, "--subset_starts", 5)
     assert code == 2 and "has only 6 images, 7 are needed to begin at 5" in error and error.count("\n") == 1
+
+
+def test_four_rows_of_few_images_are_one_command_and_those_of_four(evaluate, tmp_path, monkeypatch):
+    source = Stripes(classes=2, per_class=20, size=16)
+    opened = lambda p, subset=None, split="train", start=0: SubsetSource(source, subset, start) if subset else source  # noqa: E731
+    monkeypatch.setattr(sets, "open_source", opened)
+    monkeypatch.setattr(knn_run, "LOW_SHOT", {1: (1, range(0, 6, 3)), 4: (3, range(0, 20, 16))})
+    options = ("--pretrained_weights", micro(tmp_path), "--crop_size", 16)
+    code, said, error = evaluate(*options, "--low_shot")
+    assert code == 0 and said.count("features of") == 2, error
+    read = lambda: json.loads((tmp_path / "out" / "eval_knn.json").read_text())["numbers"]  # noqa: E731
+    found = read()["low_shot"]
+    for images, k, starts in ((1, 1, (0, 3)), (4, 3, (0, 16))):
+        assert evaluate(*options, "--subset", images, "--nb_knn", k, "--subset_starts", *starts)[0] == 0
+        assert found[str(images)] == read()
+    code, _, error = evaluate(*options, "--low_shot", "--subset", 3)
+    assert code == 2 and "brings its own subsets" in error
 
 
 def test_several_keys_give_a_line_each(evaluate, tmp_path):
@@ -148,7 +185,7 @@ def test_what_was_used_is_said_where_neighbours_are_missing(evaluate, tmp_path):
     assert said.count("k = 6: no class of the bank has more than 6 images") == 1
     assert said.count("k = 24, 200: all 24 images of the bank vote") == 1
     lines = [line.split("-NN classifier result: ") for line in said.splitlines() if "classifier result" in line]
-    ends = [f"Top1: {result[k]['top1']}, Top5: {result[k]['top5']}" for k, _ in lines]
+    ends = [f"Top1: {result[k]['top1']}, Top5: {result[k]['top5']} (95 %: 100.00 to 100.00)" for k, _ in lines]
     assert [text for _, text in lines] == [*ends[:3], ends[3] + " (24 neighbours: all there are)"]
 
 

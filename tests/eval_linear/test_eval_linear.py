@@ -4,9 +4,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from data.linear_views import StrongLinearViews
+from data.preprocess import MEAN, STD
 from eval_linear.eval_linear import main
 from evaluation import linear, sets
 from evaluation.linear_heads import heads_of
@@ -79,7 +83,9 @@ def test_on_the_photographs_the_heads_of_an_untrained_network_beat_chance(probe,
     assert first["train_lr"] == pytest.approx(first["heads"][first["head"]]["lr"] * 16 / 256)
     assert second["heads"][0]["train_lr"] == pytest.approx(0.05 * 16 / 256 / 2)
     assert second["heads"][1]["train_loss"] < first["heads"][1]["train_loss"]
-    assert said.splitlines()[-1] == f"Top-1 test accuracy: {numbers['top1']:.1f}"
+    low, high = numbers["interval"]
+    assert low < numbers["top1"] < high
+    assert said.splitlines()[-1] == f"Top-1 test accuracy: {numbers['top1']:.1f} (95 %: {low:.2f} to {high:.2f})"
     table = said.split("in percent\n")[1].splitlines()[:8]
     assert float(table[-1].split()[-1]) == pytest.approx(numbers["top1"], abs=0.005)
 
@@ -185,6 +191,26 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(probe, monkeypatch, 
     assert (tmp_path / "whole" / "log.txt").read_text() == (tmp_path / "parts" / "log.txt").read_text()
     code, again, _ = probe(*options, out="parts")
     assert code == 0 and "Epoch: " not in again and again.splitlines()[-1] == said.splitlines()[-1]
+
+
+def test_mugss_protocol_has_its_grid_its_floor_and_its_strong_chain(probe, tmp_path):
+    options = ("--pretrained_weights", micro(tmp_path), "--epochs", 2, "--n_last_blocks", 1)
+    mugs = ("--sweep_lr_only", "--sweep", "mugs", "--lr_min", 0.003, "--augment", "strong", "--color_aug", "false")
+    code, said, error = probe(*options, *mugs)
+    assert code == 0 and "linear heads: 36" in said, error
+    first, second = (line["heads"] for line in lines_of(tmp_path / "out"))
+    scale = first[0]["train_lr"] / 1e-4
+    assert [head["lr"] for head in first] == pytest.approx([d * 10.0**e for e in range(-4, 0) for d in range(1, 10)])
+    assert [head["train_lr"] for head in second] == pytest.approx([0.0015 + head["lr"] * scale / 2 for head in second])
+    views = StrongLinearViews(16)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    crops = [views(image, (0, 0, index))["crops"][0] for index in range(40)]
+    assert torch.equal(crops[3], views(image, (0, 0, 3))["crops"][0]) and crops[0].shape == (3, 16, 16)
+    low, high = (0 - torch.tensor(MEAN)) / torch.tensor(STD), (1 - torch.tensor(MEAN)) / torch.tensor(STD)
+    beyond = [bool(((c < low[:, None, None] - 1e-3) | (c > high[:, None, None] + 1e-3)).any()) for c in crops]
+    assert 2 < sum(beyond) < 20  # noise, in a quarter of them
+    code, _, error = probe(*options, "--lr_min", -1)
+    assert code == 2 and "must not be negative" in error
 
 
 def test_another_run_in_the_same_folder_is_refused_with_every_difference(probe, tmp_path):

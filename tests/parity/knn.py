@@ -59,6 +59,29 @@ def whole_bank(case: Case) -> Iterator[tuple]:
         yield from known_accuracies(f"runs with k={k}, T={temperature}", found[k], run)
 
 
+def table_of_results(case: Case) -> Iterator[tuple]:
+    """Mugs: rows of k, temperature, top-1, and what top-5 is between where ties leave it open."""
+    features = [case.tensor(f"in.{side}_{kind}") for side in ("train", "test") for kind in ("features", "labels")]
+    (name,) = case.outputs()
+    for k, temperature, top1, low, high in case.arrays[name].tolist():
+        ((one, five),) = knn_classify(*features, [int(k)], temperature, case.params["num_classes"]).values()
+        yield f"{name} at k={k:g}, T={temperature:g}: top-1", one, top1
+        yield f"{name} at k={k:g}, T={temperature:g}: top-5", five, min(max(five, low), high)
+
+
+def results_by_name(case: Case) -> Iterator[tuple]:
+    """UNIC: ``normalisation|k=..|T=..``; a top-5 of less than five neighbours is not recorded."""
+    features = [case.tensor(f"in/{side}_{kind}").double() for side in ("train", "test") for kind in ("x", "y")]
+    features[1], features[3] = features[1].long(), features[3].long()
+    for name, expected in case.params["results"].items():
+        norm, k, temperature = re.fullmatch(r"(\w+)\|k=(\d+)\|T=([\d.]+)", name).groups()
+        options = ([int(k)], float(temperature), case.params["num_classes_argument"])
+        (found,) = knn_classify(*features, *options, cosine=norm == "l2").values()
+        for kind, value in zip(("top1", "top5"), found, strict=True):
+            if expected[kind] is not None:
+                yield f"{name}, {kind}", value, expected[kind]
+
+
 def knn_tensors(case: Case) -> list[torch.Tensor]:
     return [case.tensor(f"{side}_{kind}") for side in ("train", "test") for kind in ("features", "labels")]
 
@@ -74,4 +97,6 @@ RUNNERS = {
     "eval_core/knn_*": weighted_knn,
     "attmask/lowshot_knn": low_shot,
     "attmask/knn_full": whole_bank,
+    "mugs/knn": table_of_results,
+    "unic/knn": results_by_name,
 }

@@ -9,6 +9,7 @@ import torch
 
 from evaluation.features import Feature
 from evaluation.linear_heads import (
+    ETA,
     MOMENTUM,
     LinearHeads,
     Probe,
@@ -16,9 +17,10 @@ from evaluation.linear_heads import (
     best_head,
     cosine_factor,
     heads_of,
+    rate_at,
     saved_heads,
 )
-from evaluation.linear_run import SWEEP_LRS, sweep_recipes
+from evaluation.linear_run import SWEEPS
 from models.checkpoints import load_tensors
 from models.reading import read_backbone
 from models.safe_load import load_file
@@ -78,11 +80,11 @@ def linear_probe_training(case: Case) -> Iterator[tuple]:
 
 def linear_multi(case: Case) -> Iterator[tuple]:
     p = case.params
-    yield "lrs", SWEEP_LRS, case.value("lrs")
-    grid = [list(recipe) for recipe in sweep_recipes(lr_only=False)]
+    yield "lrs", SWEEPS["ibot"].lrs, case.value("lrs")
+    grid = [list(recipe) for recipe in SWEEPS["ibot"].recipes(lr_only=False)]
     label = next(name for name in case.outputs() if name.startswith("full_grid_first"))
     yield label, grid[: len(case.value(label))], case.value(label)
-    yield f"{label}, only rates", [recipe.lr for recipe in sweep_recipes(lr_only=True)], case.value("lrs")
+    yield f"{label}, only rates", [recipe.lr for recipe in SWEEPS["ibot"].recipes(lr_only=True)], case.value("lrs")
     scale = p["batch_size_per_gpu"] * p["world_size"] / 256
     recipes = [Recipe(lr * scale, wd, name) for lr, wd, name in case.value("permutes")]
     probe = stacked_heads(case, [f"head{i}" for i in range(len(recipes))], recipes)
@@ -108,6 +110,48 @@ def linear_multi(case: Case) -> Iterator[tuple]:
         {name: example[name] for name in ("best_index", "best")},
     )
     yield "saved_keys", list(saved_heads(probe, 1, p["epochs"])["state_dict"]), case.value("saved_keys")
+
+
+def many_classifiers(case: Case) -> Iterator[tuple]:
+    """Mugs: a head for every entry of a grid, each on its way to a rate that is not scaled with the batch."""
+    p, size = case.params, case.params["batch_size"]
+    x, y, test_x, test_y = (
+        case.tensor(f"in.{side}_{kind}") for side in ("train", "test") for kind in ("features", "labels")
+    )
+    scale = size * p["world_size"] / 256
+    recipes = [Recipe(entry["lr"] * scale, entry["wd"], entry["optim"]) for entry in p["grid"]]
+    yield "out.lr_per_epoch, scaled", [r.lr for r in recipes], [entry["scaled_lr"] for entry in p["grid"]], (1e-12, 0.0)
+    weight = case.tensor("in.weight_init").to(case.dtype)[None].repeat(len(recipes), 1, 1)
+    bias = weight.new_zeros(weight.shape[:2])
+    probe = Probe([LinearHeads(weight, bias, recipes, momentum=p["momentum"], floor=p["lr_min"])])
+    yield "out.final_weight, eta", ETA, p["lars_eta"]
+    x, test_x = x.to(case.dtype), test_x.to(case.dtype)
+    val = [(test_x[i : i + size], test_y[i : i + size]) for i in range(0, len(test_x), size)]
+    losses, tests, rates = [], [], []
+    for epoch, order in enumerate(case.tensor("in.orders")):
+        factor = cosine_factor(epoch, p["epochs"])
+        rates.append([rate_at(recipe.lr, factor, p["lr_min"]) for recipe in recipes])
+        batches = [(x[order[i : i + size]], y[order[i : i + size]]) for i in range(0, len(x), size)]
+        losses.append(train_epoch(probe, batches, factor))
+        loss, acc1, acc5 = original_meters(probe, val)
+        tests.append(np.stack((acc1, acc5, loss), axis=1))
+    yield "out.lr_per_epoch", rates, case.arrays["out.lr_per_epoch"]
+    yield "out.train_loss", torch.stack(losses), case.arrays["out.train_loss"]
+    yield "out.val", np.stack(tests), case.arrays["out.val"]
+    yield "out.final_weight", torch.stack([weight for weight, *_ in probe.tensors()]), case.arrays["out.final_weight"]
+    yield "out.final_bias", torch.stack([bias for _, bias, *_ in probe.tensors()]), case.arrays["out.final_bias"]
+    yield "out.best_index_last_epoch", [best_head(tests[-1][:, 0])], case.arrays["out.best_index_last_epoch"]
+    sweep, said = SWEEPS["mugs"], p["sweep"]
+    yield "out.sweep_lrs", sweep.lrs, case.arrays["out.sweep_lrs"]
+    grid = [list(recipe) for recipe in sweep.recipes(lr_only=False)]
+    found = {"n": len(grid), "wds": list(sweep.decays), "optims": list(sweep.optimizers), "last": grid[-1]}
+    found["first"] = grid[: len(said["first"])]
+    for name, value in found.items():
+        yield f"out.sweep_lrs, {name}", [list(v) for v in value] if name == "first" else value, said[name]
+    only = sweep.recipes(lr_only=True)
+    yield "out.sweep_lrs, only rates", len(only), said["sweep_lr_only"]["n"]
+    kinds = {"wds": list({r.weight_decay for r in only}), "optims": list({r.optimizer for r in only})}
+    yield "out.sweep_lrs, only one", kinds, {name: said["sweep_lr_only"][name] for name in kinds}
 
 
 def probe_of_a_checkpoint(case: Case) -> Iterator[tuple]:
@@ -163,5 +207,6 @@ def said_index(end: str, size: int) -> int:
 RUNNERS = {
     "eval_core/linear_probe_training": linear_probe_training,
     "eval_core/linear_multi": linear_multi,
+    "mugs/linear_multi_classifier": many_classifiers,
     "attmask/linear_probe": probe_of_a_checkpoint,
 }
