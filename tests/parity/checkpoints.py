@@ -12,7 +12,7 @@ from evaluation.linear_heads import heads_of
 from models.checkpoints import compare, load_tensors
 from models.layouts.names import plain_name
 from models.layouts.table import LAYOUTS
-from models.reading import choose_tensors, read_backbone
+from models.reading import DEFAULT_KEY, choose_tensors, read_backbone
 from models.safe_load import load_file
 from tests.parity import Case
 from tests.parity.networks import build_vit
@@ -33,7 +33,7 @@ def checkpoint_and_features(case: Case) -> Iterator[tuple]:
     for name in case.extra_files:
         for key in ("teacher", "student") if name in training else (owner(files[name], training),):
             model = build_vit(case.params).to(case.dtype).eval()
-            load_tensors(model, *read_backbone(case.folder / name, key))
+            load_tensors(model, *read_backbone(case.folder / name, key if name in training else DEFAULT_KEY))
             for label in case.names(f"out/{key}_"):
                 yield f"{label} of {name}", feature_of(case, model, label), case.arrays[label]
 
