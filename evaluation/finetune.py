@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from data.finetune_views import FinetuneViews
 from data.loader import steps_per_epoch
+from data.mixing import build_mixup, mix
 from data.preprocess import MEAN, STD, eval_transform
 from data.repeated import images_used
 from evaluation.deit import lagged_rates
@@ -20,7 +21,6 @@ from evaluation.finetune_run import FinetuneRun, load_to_test, open_writer, repo
 from evaluation.finetune_steps import (
     Stepper,
     drop_path_draws,
-    mix,
     seed_dropout,
     smoothed,
     soft_cross_entropy,
@@ -117,23 +117,6 @@ def learning_rates(args: argparse.Namespace, niter: int, images: int) -> list[fl
 
 def final_decay(args: argparse.Namespace) -> float:
     return args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-
-
-def build_mixup(args: argparse.Namespace, classes: int):  # noqa: ANN201 (timm is imported where it is used)
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
-        return None
-    from timm.data import Mixup
-
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=classes,
-    )
 
 
 def normalisation(args: argparse.Namespace) -> tuple[Sequence[float], Sequence[float]]:

@@ -7,10 +7,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.views import seeded_numpy
 from randomness import counted_seed, counted_uniforms
 
-_MIXING, _DROPOUT, _DROP_PATH = 0x317, 0xD20, 0xD9A  # keep these draws apart
+_DROPOUT, _DROP_PATH = 0xD20, 0xD9A  # keep these draws apart
 
 
 class Stepper:
@@ -73,12 +72,6 @@ def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 def smoothed(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
     """Targets (batch, classes): 1 - smoothing for the label, and smoothing shared among all classes."""
     return F.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
-
-
-def mix(mixup, images: torch.Tensor, labels: torch.Tensor, key: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """timm's Mixup, with draws that ``key`` (seed, iteration, position in the batch) decides."""
-    with seeded_numpy(counted_seed(*key, _MIXING)):
-        return mixup(images, labels)
 
 
 def seed_dropout(*key: int) -> None:

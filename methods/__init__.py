@@ -3,12 +3,13 @@
 from methods.attmask import AttMask
 from methods.base import Method
 from methods.dino import DINO
+from methods.esvit import EsViT
 from methods.ibot import IBOT
 from methods.udi import UDI
 from methods.unic import UNIC
 from utils import UsageError, nearest
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DINO, IBOT, AttMask, UDI, UNIC)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (DINO, IBOT, AttMask, UDI, UNIC, EsViT)}
 
 
 def method_class(name: str) -> type[Method]:

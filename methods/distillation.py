@@ -104,6 +104,27 @@ def cross_view_loss(z: torch.Tensor, weight: torch.Tensor, probs: torch.Tensor, 
     return prototype_cross_entropy(z, weight, [Targets(targets, rows, mass, 1.0 / (pairs * batch))], temperature)[0]
 
 
+def mixed_view_loss(
+    z: torch.Tensor, weight: torch.Tensor, probs: torch.Tensor, mixes: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """``cross_view_loss`` of student views whose images are mixed with each other.
+
+    Shapes     as there, and mixes (views, batch, batch): how much of every image there is in each of a view's
+    Returns    a scalar in nats
+    Source     EsViT main_esvit.py, DINOLoss: of a mixed image every part is compared with what it came from
+    """
+    teacher_views, batch, _ = probs.shape
+    views = len(mixes)
+    pairs = teacher_views * (views - 1)
+    targets, rows, mass = cross_view_targets(probs, views)
+    blocks, block = targets.unflatten(0, (-1, batch)), rows[::batch].div(batch, rounding_mode="floor")
+    with torch.autocast(z.device.type, enabled=False):
+        mixed = torch.bmm(mixes.to(probs.dtype), blocks.index_select(0, block)).flatten(0, 1)
+    mass = mass * mixes.sum(dim=2).flatten()
+    own = Targets(mixed, torch.arange(len(z), device=z.device), mass, 1.0 / (pairs * batch))
+    return prototype_cross_entropy(z, weight, [own], temperature)[0]
+
+
 def masked_patch_loss(
     z: torch.Tensor, weight: torch.Tensor, probs: torch.Tensor, masks: torch.Tensor, masked: torch.Tensor, temp: float
 ) -> torch.Tensor:

@@ -17,6 +17,7 @@ from models.layouts.shapes import swin_arguments, vit_arguments
 from models.layouts.stages import cvt_arguments, vil_arguments
 from utils import UsageError
 
+USUAL_DROP_PATH = 0.1  # stochastic depth of a student's last block
 IMAGE_SIZE = 224  # at which positions and windows are laid out, unless a file says otherwise
 ALIASES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}
 
@@ -94,6 +95,7 @@ class Family:
     hides_patches: bool = False  # whether a student can be shown images with masks, whose cells are those tokens
     class_attention: bool = False  # whether there are class tokens, which attend to every patch
     shapes: Callable[[State], dict | None] = lambda state: None  # arguments that the tensors of a file show
+    drop_path: Mapping[str, float] = field(default_factory=dict)  # the published rates that are not USUAL_DROP_PATH
     from_file: tuple[str, ...] = ()  # those of them that a network is built with, whatever its options are
 
     def arguments(self, given: Mapping[str, object]) -> dict[str, int]:
@@ -137,6 +139,7 @@ SWIN = Family(
     pixels_per_token=lambda arguments: swin.MASK_UNIT,
     hides_patches=True,
     shapes=swin_arguments,
+    drop_path=swin.DEFAULT_DROP_PATH,
 )
 CVT = Family(
     name="cvt",
@@ -170,6 +173,11 @@ def family_of(arch: str) -> Family:
     """The family of a name; LIBRARY for what is none of ours, known or not."""
     arch = ALIASES.get(arch, arch)
     return next((family for family in FAMILIES if arch in family.networks), LIBRARY)
+
+
+def drop_path_of(arch: str) -> float:
+    """The rate of stochastic depth that a student of this name was published with."""
+    return family_of(arch).drop_path.get(arch, USUAL_DROP_PATH)
 
 
 def families_that(answer: Callable[[Family], object]) -> str:

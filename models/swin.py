@@ -305,6 +305,15 @@ class SwinTransformer(nn.Module):
         groups = group_by_size(crops)
         return torch.cat([self(group, part) for group, part in zip(groups, split_draws(draws, groups), strict=True)])
 
+    def forward_regions(
+        self, crops: Sequence[torch.Tensor], draws: np.ndarray | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """``forward_crops``, and for every size of crops their normalised tokens (samples, tokens, dim)."""
+        groups = group_by_size(crops)
+        pairs = zip(groups, split_draws(draws, groups), strict=True)
+        tokens = [self._tokens(group, draws=part) for group, part in pairs]
+        return torch.cat([part.mean(dim=1) for part in tokens]), tokens
+
     def forward_features(
         self, images: torch.Tensor, masks: torch.Tensor | None = None, draws: np.ndarray | None = None
     ) -> torch.Tensor:

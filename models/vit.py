@@ -251,6 +251,17 @@ class VisionTransformer(nn.Module):
         classes = self.norm(torch.cat((classes, x[images * count :])))
         return classes.view(-1, self.num_class_tokens, self.embed_dim), all_tokens[:, self.num_prefix_tokens :]
 
+    def forward_regions(
+        self, crops: Sequence[torch.Tensor], draws: np.ndarray | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Class tokens of all crops (sum of batches, dim), and for every size of crops their patches (samples, patches,
+        dim), both after the final norm, in one pass. ``draws`` as ``forward_crops``.
+        """
+        x, groups = pack([self.prepare_tokens(group) for group in group_by_size(crops)])
+        rows = self.norm(self._run_blocks(x, groups, draws)).split([samples * tokens for samples, tokens in groups])
+        parts = [part.view(*group, self.embed_dim) for part, group in zip(rows, groups, strict=True)]
+        return torch.cat([part[:, 0] for part in parts]), [part[:, self.num_prefix_tokens :] for part in parts]
+
     def forward_blocks(self, images: torch.Tensor, draws: Draws | None = None) -> list[torch.Tensor]:
         """All tokens as every block leaves them, without the final norm: (batch, tokens, dim) for each block.
 

@@ -11,7 +11,7 @@ from data.published import DATASET_OPTIONS, add_dataset_arguments, place_from
 from evaluation.network import add_feature_arguments
 from methods import METHODS, method_class
 from methods.base import Method
-from models import LIBRARY, backbone_names, family_of, our_names, unread_options
+from models import LIBRARY, backbone_names, drop_path_of, family_of, our_names, unread_options
 from training.optim import OPTIMIZERS
 from training.presets import nearest_preset, read_preset
 from utils import BACKENDS, PRECISIONS, Parser, UsageError, World, bool_flag, check_writable, escape, has_bf16, nearest
@@ -190,6 +190,8 @@ def resolve_defaults(args: argparse.Namespace) -> None:
     """Replace what was left out and follows from other options by its value, in place: it is what a run records."""
     if args.patch_size is None:
         args.patch_size = family_of(args.arch).options.get("patch_size")
+    if args.drop_path_rate is None:
+        args.drop_path_rate = drop_path_of(args.arch)
     if args.weight_decay_end is None:
         args.weight_decay_end = args.weight_decay
 
