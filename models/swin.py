@@ -28,7 +28,7 @@ PATCH_SIZE = 4  # of every published Swin
 MASK_UNIT = 32  # pixels of a token of its fourth stage
 
 # The rates they were published with. iBOT's students take them whatever --drop_path says.
-DEFAULT_DROP_PATH = {"swin_tiny": 0.1, "swin_small": 0.2, "swin_base": 0.2, "swin_large": 0.2}
+DEFAULT_DROP_PATH = {"swin_micro": 0.1, "swin_tiny": 0.1, "swin_small": 0.2, "swin_base": 0.2, "swin_large": 0.2}
 
 
 def relative_position_index(window: int) -> torch.Tensor:
@@ -367,6 +367,11 @@ def split_draws(draws: np.ndarray | None, groups: Sequence[torch.Tensor]) -> lis
     if draws is None:
         return [None] * len(groups)
     return np.split(draws, np.cumsum([len(group) for group in groups])[:-1], axis=-1)
+
+
+def swin_micro(network: type = SwinTransformer, **kwargs) -> SwinTransformer:
+    """Small enough to learn something on a laptop's processor; nobody published it."""
+    return network(embed_dim=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), **kwargs)
 
 
 def swin_tiny(network: type = SwinTransformer, **kwargs) -> SwinTransformer:

@@ -56,6 +56,7 @@ def count_blocks(state: State) -> int:
 
 
 SWIN_OF_SHAPE = {  # (width of the first stage, blocks of every stage); a test compares it with models/swin.py
+    (32, (1, 1, 2, 1)): "swin_micro",
     (96, (2, 2, 6, 2)): "swin_tiny",
     (96, (2, 2, 18, 2)): "swin_small",
     (128, (2, 2, 18, 2)): "swin_base",

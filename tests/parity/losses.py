@@ -220,7 +220,8 @@ def _rank(rank: int, compute: Callable, p: dict, inputs: dict, port: int, queue,
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=p["world_size"])
     computed = compute(rank, p, inputs, dtype)
-    queue.put({f"{name}_rank{rank}": value.numpy() for name, value in computed.items()})
+    own = {name: name if name.startswith(f"rank{rank}_") else f"{name}_rank{rank}" for name in computed}
+    queue.put({own[name]: value.numpy() for name, value in computed.items()})
     dist.barrier()
     leave_world()
 
