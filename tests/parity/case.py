@@ -88,7 +88,10 @@ class Case:
     def meaning(self, name: str) -> str:
         """What the manifest says in words about an input or an output."""
         for side in ("inputs", "outputs"):
-            said = self.entry.get(side, {}).get(name)
+            described = self.entry.get(side, {})
+            if isinstance(described, list):
+                described = {entry["key"]: entry for entry in described}
+            said = described.get(name)
             if said:
                 return said if isinstance(said, str) else said.get("meaning", "")
         return ""

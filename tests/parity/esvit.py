@@ -111,7 +111,7 @@ def ddino_loss_on_rank(rank: int, p: dict, inputs: dict, dtype: torch.dtype) -> 
 
 
 def dino_loss(case: Case) -> Iterator[tuple]:
-    """The view task alone; with ``targets``, of images that are mixed: row i says what teacher image i takes of each."""
+    """The view task alone; with ``targets``, of mixed images: row i says what teacher image i takes of each."""
     p = case.params
     method = given_method(p, dense=False, dtype=case.dtype)
     yield "teacher_temp_schedule", method.teacher_temps, p["teacher_temp_schedule"]
@@ -120,7 +120,9 @@ def dino_loss(case: Case) -> Iterator[tuple]:
         method.student.head.rows, method.teacher.head.rows = student, case.tensor(f"step{step}_teacher")
         targets = f"step{step}_targets"
         mixes = case.tensor(targets).transpose(1, 2) if targets in case.arrays else None
-        found = method.view_losses(torch.zeros(len(student), 1), torch.zeros(TEACHER_VIEWS * p["B"], 1), mixes, Clock(epoch, 0))
+        found = method.view_losses(
+            torch.zeros(len(student), 1), torch.zeros(TEACHER_VIEWS * p["B"], 1), mixes, Clock(epoch, 0)
+        )
         found["loss"].backward()
         method.after_step(Clock(epoch, 0), None)
         yield f"step{step}_loss", found["loss"], case.arrays[f"step{step}_loss"]

@@ -7,12 +7,11 @@ import numpy as np
 import torch
 
 from evaluation.features import Feature
+from methods.esvit import RegionNetwork, names_of_ours
 from methods.heads import DINOHead
-from methods.multicrop import MultiCropNetwork
 from models import build_backbone
 from models.checkpoints import load_backbone
 from models.swin import DEFAULT_DROP_PATH, SwinTransformer, relative_position_index, shift_mask
-from models.vit import group_by_size
 from tests.parity import Case
 from tests.parity.constants import constants_of_norms
 
@@ -168,12 +167,9 @@ def esvit_multicrop(case: Case) -> Iterator[tuple]:
     p, weights = case.params, stored_weights(case)
     swin = build_swin(p)
     sizes = {"out_dim": p["head out_dim"], "hidden_dim": p["head hidden"], "bottleneck_dim": p["head bottleneck"]}
-    network = MultiCropNetwork(swin, DINOHead(swin.embed_dim, **sizes)).to(case.dtype).eval()
+    network = RegionNetwork(swin, *(DINOHead(swin.embed_dim, **sizes) for _ in range(2))).to(case.dtype).eval()
     yield from constants_of_norms(p, swin)
-    region_head = DINOHead(swin.embed_dim, **sizes).to(case.dtype).eval()
-    swin.load_state_dict(swin.state_dict() | {k: v for k, v in weights.items() if not k.startswith("head")})
-    for head, prefix in ((network.head, "head."), (region_head, "head_dense.")):
-        head.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    network.load_state_dict(network.state_dict() | names_of_ours(weights))
 
     # "crop 0: hash image seed 10000 shape (2,3,48,48)"
     said = [re.search(r"seed (\d+) shape \(([\d, ]+)\)", text).groups() for text in p["crops"]]
@@ -182,15 +178,13 @@ def esvit_multicrop(case: Case) -> Iterator[tuple]:
     sizes = [p["global_size"]] * (len(crops) - len(locals_)) + locals_
     yield "npatch, sizes of the crops", [crop.shape[-1] for crop in crops], sizes
     with torch.no_grad():
-        logits = network(crops)
-        tokens = [swin.forward_features(crop)[:, 1:] for crop in crops]
+        vectors, tokens = network.regions(crops, None, None)
         regions = torch.cat([t.flatten(0, 1) for t in tokens])
-        yield "cls_logits", logits, case.arrays["cls_logits"]
-        yield "cls_logits_view_only", logits, case.arrays["cls_logits_view_only"]
+        yield "cls_logits", network.head(vectors), case.arrays["cls_logits"]
+        yield "cls_logits_view_only", network(crops), case.arrays["cls_logits_view_only"]
         yield "region_features", regions, case.arrays["region_features"]
-        yield "region_logits", region_head(regions), case.arrays["region_logits"]
-        groups = [swin.forward_features(group[:1]).shape[1] - 1 for group in group_by_size(crops)]
-    yield "npatch", np.array(groups), case.arrays["npatch"]
+        yield "region_logits", network.head_dense(regions), case.arrays["region_logits"]
+    yield "npatch", np.array([t.shape[1] for t in tokens]), case.arrays["npatch"]
 
 
 def esvit_checkpoint_features(case: Case) -> Iterator[tuple]:
