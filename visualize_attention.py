@@ -38,7 +38,7 @@ from evaluation.attention import (
 )
 from evaluation.features import evaluating
 from evaluation.image_files import add_file_arguments, image_files, read_image, refuse_unreadable, result_folders
-from evaluation.network import add_network_arguments, network_from_options
+from evaluation.network import add_network_arguments, network_from_options, parse_network_args
 from utils import Parser, UsageError, check_writable, escape, init_world, log, make_folder, run_cli
 
 HEADS_THRESHOLD = 0.6  # share of a head's attention that is painted in its colour
@@ -97,7 +97,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_network_args(get_args_parser())
     if len(args.image_size) > 2 or min(args.image_size) < 1:
         raise UsageError(f"--image_size {' '.join(map(str, args.image_size))}: one or two positive numbers of pixels")
     if args.threshold is not None and not 0 < args.threshold <= 1:

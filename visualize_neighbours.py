@@ -11,7 +11,7 @@ found them or at --data_path. Mugs (2203.14415), section 3.2.
 
 from evaluation.image_files import add_file_arguments
 from evaluation.neighbours_run import check_options, draw_neighbours
-from evaluation.network import add_network_arguments
+from evaluation.network import add_network_arguments, parse_network_args
 from utils import Parser, init_world, run_cli
 
 
@@ -32,7 +32,7 @@ def get_args_parser() -> Parser:
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_network_args(get_args_parser())
     check_options(args)
     draw_neighbours(args, init_world(args.device))
 

@@ -16,7 +16,7 @@ from data.chosen import ChosenClasses
 from data.datasets import open_source, training_path
 from data.decode import add_reading_arguments, reading_from
 from data.published import add_dataset_arguments, place_from
-from evaluation.network import add_network_arguments, network_from_options
+from evaluation.network import add_network_arguments, network_from_options, parse_network_args
 from evaluation.plane import check_library
 from evaluation.plane_run import check_options, lay_out
 from evaluation.sets import crop_and_resize
@@ -49,7 +49,7 @@ def get_args_parser() -> Parser:
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_network_args(get_args_parser())
     check_options(args)
     check_library()
     world = init_world(args.device)

@@ -18,6 +18,7 @@ from evaluation.network import (
     add_head_argument,
     add_network_arguments,
     add_process_arguments,
+    parse_network_args,
 )
 from evaluation.run import conduct
 from evaluation.sets import add_data_arguments, check_common_arguments
@@ -90,7 +91,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_network_args(get_args_parser())
     check_arguments(args)
     keep_large_blocks()
     world = init_world(args.device, args.dist_url, args.backend)

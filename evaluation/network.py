@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +11,9 @@ import torch.nn as nn
 from evaluation.features import CLASS_TOKENS, CLS, INTERLEAVED, MEAN, NORMALISED_MEAN, OUTPUT, POOLINGS, Feature
 from models import ALIASES, build_backbone, family_of
 from models.checkpoints import Network, add_unseen_arguments, network_from_file
+from models.esvit_configs import words_of
 from models.teacher_space import teacher_space_from_file
-from utils import BACKENDS, UsageError, log
+from utils import BACKENDS, Parser, UsageError, log
 
 
 def add_network_arguments(parser: argparse._ActionsContainer) -> None:
@@ -27,6 +29,17 @@ def add_network_arguments(parser: argparse._ActionsContainer) -> None:
     add("--patch_size", default=None, type=int, help="left out: the checkpoint's own, else 16 (Swin: 4)")
     add_unseen_arguments(parser)
     add("--window_size", default=None, type=int, help="of a Swin; left out: the checkpoint's own, else 7")
+    add(
+        "--cfg",
+        metavar="FILE",
+        help="a configuration file of EsViT's, or its published name; KEY VALUE pairs may follow",
+    )
+
+
+def parse_network_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of an evaluation, with what --cfg says of the network among them; left out, the command line's."""
+    of_file, rest, arch = words_of(sys.argv[1:] if argv is None else argv, parser._option_string_actions)
+    return parser.parse_args([*of_file, *rest, *arch])
 
 
 def pooling(text: str) -> str:

@@ -30,6 +30,7 @@ RECIPES = {
     "attmask": ["--shared_head", "true", "--local_crops_number", "10", "--out_dim", "8192"],
     "udi": ["--local_crops_number", "10", "--norm_last_layer", "false"],
     "unic": ["--teachers", teachers()],
+    "esvit": ["--use_dense_prediction", "true"],
 }
 MICRO = ["--arch", "vit_micro", "--patch_size", "8", "--batch_size_per_gpu", "8", "--epochs", "40"]
 CROPS = ["--out_dim", "48", "--global_crops_size", "32", "--local_crops_size", "16", "--local_crops_number", "2"]

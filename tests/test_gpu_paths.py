@@ -22,7 +22,7 @@ NOT_DETERMINISTIC = (
 AT_ONCE = 5  # copies of what the host decides in a piece: samples that are dropped, hidden patches; not block by block
 PRECISIONS = ("bf16", "fp16", "fp32")
 # operations of a step at full size, bf16; a loop over parameters or samples adds hundreds
-OPERATIONS = {"dino": 3130, "ibot": 3600, "attmask": 3600, "udi": 4000, "unic": 4430}
+OPERATIONS = {"dino": 3130, "ibot": 3600, "attmask": 3600, "udi": 4000, "unic": 4430, "esvit": 10600}
 
 
 def check(steps: Steps) -> None:
@@ -79,6 +79,10 @@ OPTIONS = {
     "images by the original's floats": ("unic", "--augment", "pil"),
     "a ladder that is recomputed": ("unic", "--grad_checkpointing"),
     "norms in the ladder": ("unic", "--lp_args", "{'hidden_dim': 9, 'prenorm': True, 'midnorm': True}"),
+    "regions of a Swin": ("esvit", *SWIN),
+    "one size of crops": ("esvit", "--local_crops_size", "32"),
+    "regions and batch norm": ("esvit", "--use_bn_in_head", "true", "--precision", "fp16"),
+    "mixed images": ("esvit", "--use_dense_prediction", "false", "--use_mixup", "true"),
     "hints": ("attmask", "--pred_shape", "attmask_hint", "--show_max", "0.1"),
 }
 

@@ -18,6 +18,7 @@ from eval_semi_supervised import eval_semi_supervised as few_labels
 from eval_zero_shot import eval_zero_shot
 from evaluation.finetune_options import get_args_parser as finetune_parser
 from evaluation.finetune_options import get_deit_parser as deit_parser
+from evaluation.network import parse_network_args
 from evaluation.transfer_options import get_args_parser as transfer_parser
 from training.options import parse_options
 
@@ -53,8 +54,8 @@ def test_a_documented_command_parses(document, command):
     parsers = {
         "main_pretrain.py": parse_options,
         "scripts/slurm_pretrain.sh": parse_options,
-        "eval_knn/eval_knn.py": lambda argv: eval_knn.get_args_parser().parse_args(argv),
-        "eval_linear/eval_linear.py": lambda argv: eval_linear.get_args_parser().parse_args(argv),
+        "eval_knn/eval_knn.py": lambda argv: parse_network_args(eval_knn.get_args_parser(), argv),
+        "eval_linear/eval_linear.py": lambda argv: parse_network_args(eval_linear.get_args_parser(), argv),
         "eval_finetuning/eval_finetuning.py": lambda argv: finetune_parser().parse_args(argv),
         "eval_finetuning/extract_backbone_weights_for_finetuning.py": lambda argv: extract.paths(
             extract.get_args_parser().parse_args(argv)
@@ -65,9 +66,9 @@ def test_a_documented_command_parses(document, command):
         "eval_semi_supervised/eval_semi_supervised_finetuning.py": lambda argv: deit_parser("").parse_args(argv),
         "eval_transfer/eval_transfer.py": lambda argv: transfer_parser().parse_args(argv),
         "eval_transfer/eval_transfer_finetuning.py": lambda argv: deit_parser("").parse_args(argv),
-        "visualize_attention.py": lambda argv: visualize_attention.get_args_parser().parse_args(argv),
-        "visualize_tsne.py": lambda argv: visualize_tsne.get_args_parser().parse_args(argv),
-        "visualize_neighbours.py": lambda argv: visualize_neighbours.get_args_parser().parse_args(argv),
+        "visualize_attention.py": lambda argv: parse_network_args(visualize_attention.get_args_parser(), argv),
+        "visualize_tsne.py": lambda argv: parse_network_args(visualize_tsne.get_args_parser(), argv),
+        "visualize_neighbours.py": lambda argv: parse_network_args(visualize_neighbours.get_args_parser(), argv),
         "models.checkpoints": lambda argv: None,
         "check_parity.py": lambda argv: None,
     }

@@ -12,6 +12,7 @@ from evaluation.network import add_feature_arguments
 from methods import METHODS, method_class
 from methods.base import Method
 from models import LIBRARY, backbone_names, drop_path_of, family_of, our_names, unread_options
+from models.esvit_configs import words_of
 from training.optim import OPTIMIZERS
 from training.presets import nearest_preset, read_preset
 from utils import BACKENDS, PRECISIONS, Parser, UsageError, World, bool_flag, check_writable, escape, has_bf16, nearest
@@ -19,7 +20,7 @@ from utils import BACKENDS, PRECISIONS, Parser, UsageError, World, bool_flag, ch
 # Options that cannot change what a run computes, so that it may be continued with others. The batch may be divided
 # differently among processes and pieces as long as its size stays (checked where a run is resumed).
 FREE_OPTIONS = {
-    *("config", "data_path", "split", "output_dir", "num_workers", "device", "dist_url", "local_rank"),
+    *("config", "cfg", "data_path", "split", "output_dir", "num_workers", "device", "dist_url", "local_rank"),
     *("batch_size_per_gpu", "accum_iter", "grad_checkpointing", "compile", "deterministic", "saveckp_freq"),
     *("save_every_minutes", "knn_every", "knn_data", "knn_per_class", "nb_knn", "n_last_blocks"),
     *("avgpool_patchtokens", "knn_temperature", "class_token", "use_cuda", "print_freq", "max_bad_images"),
@@ -43,6 +44,12 @@ def get_args_parser(method: type[Method]) -> argparse.ArgumentParser:
         metavar="FILE.yaml",
         help="preset (configs/<method>/*.yaml), or the argument file of an original's run (.json, with --method); the "
         "command line overrides it",
+    )
+    add(
+        "--cfg",
+        metavar="FILE",
+        help="a configuration file of EsViT's, or its published name, for the network; KEY VALUE pairs may end the "
+        "command",
     )
     add("--output_dir", default=".", help="checkpoints and logs; a run found there is continued")
     add("--dry_run", action="store_true", help="everything but training: settings, data, memory, first batch")
@@ -174,7 +181,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         raise UsageError(f"--config {early.config} names no method; pass --method with it")
     parser = get_args_parser(method_class(name))
     preset_argv = preset.argv(parser) if preset else []
-    args = parser.parse_args([*preset_argv, "--method", name, *argv])
+    of_file, argv, arch = words_of(argv, parser._option_string_actions)
+    args = parser.parse_args([*preset_argv, "--method", name, *of_file, *argv, *arch])
     resolve_defaults(args)
     return args
 

@@ -15,7 +15,18 @@ import yaml
 from utils import UsageError, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-PLACES = {"config", "data_path", "output_dir", "dist_url", "local_rank", "device", "backend", "load_from", "init_from"}
+PLACES = {
+    "config",
+    "cfg",
+    "data_path",
+    "output_dir",
+    "dist_url",
+    "local_rank",
+    "device",
+    "backend",
+    "load_from",
+    "init_from",
+}
 
 
 @dataclass

@@ -19,8 +19,8 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 # A new option is a decision: it is added here, to the README or the help, and to FREE_OPTIONS if it changes no number.
 SHARED = """
     accept_changes accum_iter arch augment avgpool_patchtokens backend batch_size_per_gpu class_token clip_grad
-    compile config data_path dataset deterministic device devices dist_url drop_path_rate dry_run epochs exif
-    grad_checkpointing init_from init_progress knn_data knn_every
+    cfg compile config data_path dataset deterministic device devices dist_url drop_path_rate dry_run
+    epochs exif grad_checkpointing init_from init_progress knn_data knn_every
     knn_per_class knn_temperature load_from local_rank lr max_bad_images max_image_pixels max_skipped method min_lr
     n_last_blocks nb_knn num_workers refresh_index
     optimizer output_dir patch_size precision print_freq rel_pos_embed replay sampler save_every_minutes saveckp_freq
@@ -41,12 +41,17 @@ DISTILLED = """
     download_teachers fresh_statistics image_size lam_lcos lam_lsl1 lp_args optim_args t_drop_prob teachers
     tnorm_ema_momentum_end tnorm_ema_momentum_start
 """
+REGIONS = """
+    aa aug_opt color_jitter cutmix cutmix_minmax mixup mixup_mode mixup_prob mixup_switch_prob num_mixup_views recount
+    remode reprob smoothing train_interpolation use_dense_prediction use_mixup
+"""
 OPTIONS = {
     "dino": f"{CROPS} {TEACHER} out_dim use_bn_in_head",
     "ibot": f"{CROPS} {TEACHER} {MASKED}",
     "attmask": f"{CROPS} {TEACHER} {MASKED} masking_prob show_max",
     "udi": f"{CROPS} {TEACHER} {SAMPLED} out_dim use_bn_in_head",
     "unic": DISTILLED,
+    "esvit": f"{CROPS} {TEACHER} {REGIONS} out_dim use_bn_in_head",
 }
 DEFAULTS_OF_DINO = {
     "arch": "vit_small",
@@ -126,6 +131,34 @@ DEFAULTS_OF_THE_ORIGINAL = {
         "saveckp_freq": 20,
     },
     "ibot": DEFAULTS_OF_IBOT,
+    "esvit": {
+        "arch": "deit_small",
+        "out_dim": 65536,
+        "use_bn_in_head": False,
+        "use_dense_prediction": False,
+        "warmup_teacher_temp_epochs": 0,
+        "batch_size_per_gpu": 64,
+        "global_crops_scale": (0.4, 1.0),
+        "local_crops_number": [8],
+        "local_crops_size": [96],
+        "aug_opt": "dino_aug",
+        "color_jitter": 0.4,
+        "aa": "rand-m9-mstd0.5-inc1",
+        "train_interpolation": "bicubic",
+        "reprob": 0.25,
+        "remode": "pixel",
+        "recount": 1,
+        "use_mixup": False,
+        "num_mixup_views": 10,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "cutmix_minmax": None,
+        "mixup_prob": 1.0,
+        "mixup_switch_prob": 0.5,
+        "mixup_mode": "batch",
+        "smoothing": 0.0,
+        "saveckp_freq": 5,
+    },
     "unic": {
         "arch": "vit_base",
         "patch_size": 16,
