@@ -2,6 +2,7 @@
 
     python benchmarks/bench_step.py                          ViT-S/16, 65536 prototypes, 2 x 224 + 8 x 96, batch 4
     python benchmarks/bench_step.py --method ibot            ViT-S/16, 8192 prototypes, 2 x 224 + 10 x 96, batch 4
+    python benchmarks/bench_step.py --method esvit --arch swin_tiny --batch 2          2 x 224 + 8 x 96, windows of 7
     python benchmarks/bench_step.py --batch 64 --device cuda
 
 Both sides run alternately in one process under the same settings of the allocator, and must give the same loss.
@@ -46,6 +47,7 @@ SETTINGS = {  # what the published recipes have and the defaults have not
     "attmask": "--out_dim 8192 --local_crops_number 10 --shared_head true --pred_ratio 0.3 --pred_ratio_var 0.2",
     "udi": "--out_dim 65536 --local_crops_number 10 --norm_last_layer false",
     "unic": "--image_size 224",
+    "esvit": "--use_dense_prediction true --out_dim 65536 --local_crops_number 8 --norm_last_layer false",
 }
 TEACHERS = ("vit_small", "vit_small")  # of random weights, where a method has frozen ones
 SHARES = ("forward", "backward", "clip", "optimiser", "EMA and centre")
@@ -235,7 +237,7 @@ def compare_heads(args: argparse.Namespace, method: Method, batch: dict) -> None
             raise UsageError(f"heads and loss disagree: {losses[0]} and {losses[1]}")
     slow, fast = (statistics.median(values[1:]) for values in seconds.values())
     memory = [peak_memory(side, "fp32", "heads") for side in ("plain", "fast")]
-    what = f"{len(tokens['masked'])} hidden patches" if "masked" in tokens else f"{len(tokens['points'])} places"
+    what = heads.describe(tokens)
     print(
         f"heads  {slow * 1e3:9.0f} {fast * 1e3:9.0f} {slow / fast:6.2f} {memory[0]:9.0f} {memory[1]:8.0f}   "
         f"with loss, fp32, forward and backward; {what}; memory they add"

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from plain import masked_distillation, udi
+from plain import esvit, masked_distillation, udi
 
 from methods.base import Clock
+from methods.esvit import TEACHER_VIEWS, EsViT
 from methods.masked_distillation import MaskedDistillation
 from methods.masking import attention_mask
 from methods.udi import UDI, teacher_places
@@ -21,8 +22,10 @@ def draw(images: int, tokens: int, dim: int, device: torch.device) -> torch.Tens
     return F.layer_norm(torch.randn(images, tokens, dim, device=device), (dim,))
 
 
-def random_tokens(method: MaskedDistillation | UDI, batch: dict, clock: Clock) -> Tokens:
+def random_tokens(method: MaskedDistillation | UDI | EsViT, batch: dict, clock: Clock) -> Tokens:
     """Tokens as the networks give them of ``batch``, and what the method draws besides."""
+    if method.name == "esvit":
+        return random_regions(method, batch)
     crops, device = batch["crops"], batch["crops"][0].device
     network = method.student.backbone.backbone if method.name == "udi" else method.student.backbone
     sides = [crop.shape[-1] // network.patch_size for crop in (crops[0], crops[-1])]
@@ -41,6 +44,42 @@ def random_tokens(method: MaskedDistillation | UDI, batch: dict, clock: Clock) -
     else:
         masks, masked = torch.cat(batch["masks"]).flatten(1), batch["masked"]
     return tokens | {"masks": masks, "masked": masked}
+
+
+def random_regions(method: EsViT, batch: dict) -> Tokens:
+    """Tokens of the teacher's views, and of all crops; those of one image are as alike as those of two."""
+    crops, device, network = batch["crops"], batch["crops"][0].device, method.student.backbone
+    unit = network.mask_unit
+    counts = [(-(-crop.shape[-1] // unit)) ** 2 for crop in (crops[0], crops[-1])]
+    size, dim = len(crops[0]), network.embed_dim
+    return {
+        "teacher": draw(TEACHER_VIEWS * size, counts[0], dim, device),
+        "global": draw(TEACHER_VIEWS * size, counts[0], dim, device),
+        "local": draw((len(crops) - TEACHER_VIEWS) * size, counts[1], dim, device),
+    }
+
+
+def describe(tokens: Tokens) -> str:
+    """How many rows there are besides those of whole crops."""
+    if "masked" in tokens:
+        return f"{len(tokens['masked'])} hidden patches"
+    if "points" in tokens:
+        return f"{len(tokens['points'])} places"
+    return f"{sum(tokens[name].shape[:2].numel() for name in ('global', 'local'))} regions"
+
+
+def both_sides(tokens: Tokens) -> tuple:
+    """Of a student and of a teacher: vectors of crops, tokens of every size of them."""
+    sides = [tokens["global"], tokens["local"]], [tokens["teacher"]]
+    return tuple((torch.cat([part.mean(dim=1) for part in side]), side) for side in sides)
+
+
+def plain_regions(method: EsViT, tokens: Tokens, clock: Clock) -> torch.Tensor:
+    return esvit.heads_and_loss(method, *both_sides(tokens), clock)
+
+
+def fast_regions(method: EsViT, tokens: Tokens, clock: Clock) -> torch.Tensor:
+    return method.losses(*both_sides(tokens), clock)["loss"]
 
 
 def plain_masked(method: MaskedDistillation, tokens: Tokens, clock: Clock) -> torch.Tensor:
@@ -81,10 +120,11 @@ PARTS: dict[str, dict[str, Callable]] = {
     "ibot": MASKED,
     "attmask": MASKED,
     "udi": {"plain": plain_udi, "fast": fast_udi},
+    "esvit": {"plain": plain_regions, "fast": fast_regions},
 }
 
 
-def run(side: str, method: MaskedDistillation | UDI, tokens: Tokens, clock: Clock) -> float:
+def run(side: str, method: MaskedDistillation | UDI | EsViT, tokens: Tokens, clock: Clock) -> float:
     """Forward and backward once; the loss."""
     for name in ("global", "local"):
         tokens[name] = tokens[name].detach().requires_grad_()

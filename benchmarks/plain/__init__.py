@@ -8,7 +8,7 @@ reads the same modules as the fast path and must give the same loss.
 
 from collections.abc import Callable
 
-from plain import dino, masked_distillation, udi, unic
+from plain import dino, esvit, masked_distillation, udi, unic
 
 FORWARD: dict[str, Callable] = {
     "dino": dino.forward,
@@ -16,4 +16,5 @@ FORWARD: dict[str, Callable] = {
     "attmask": masked_distillation.forward,
     "udi": udi.forward,
     "unic": unic.forward,
+    "esvit": esvit.forward,
 }
