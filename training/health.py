@@ -25,7 +25,7 @@ def diagnose(values: dict[str, float]) -> dict[str, str]:
             f"the features of a batch lie on a line (effective rank {values['effective_rank']:.2f}): dimensional "
             "collapse; lower the learning rate, and look at the crops in TensorBoard"
         )
-    return found | _of_frozen_teachers(values)
+    return found | _of_frozen_teachers(values) | _of_regions(values)
 
 
 def _of_frozen_teachers(values: dict[str, float]) -> dict[str, str]:
@@ -47,5 +47,22 @@ def _of_frozen_teachers(values: dict[str, float]) -> dict[str, str]:
         found["drift"] = (
             f"what teachers are standardised by moves by {values['statistics_drift']:.2f} of a spread in a step, so "
             "that targets do not stand still; take more images per step, or lower --tnorm_ema_momentum_start"
+        )
+    return found
+
+
+def _of_regions(values: dict[str, float]) -> dict[str, str]:
+    """Of tokens that are compared with each other: whether they differ, within an image and at all."""
+    found = {}
+    if values.get("region_entropy_over_ln_k", 0.0) > 0.98:
+        found["uniform regions"] = (
+            f"the teacher's regions spread over all prototypes (entropy {values['region_entropy_over_ln_k']:.3f} of "
+            "ln K): lower --teacher_temp, or begin without --use_dense_prediction and continue with it"
+        )
+    if values.get("matched_share", 1.0) < 1 and values.get("matched_tokens", 99.0) < 1.5:
+        found["one region"] = (
+            f"regions of a crop find the same {values['matched_tokens']:.1f} of the teacher's view: they do not differ "
+            "within an image; look at matches.png of --dry_run, lower the learning rate, or begin without "
+            "--use_dense_prediction"
         )
     return found
