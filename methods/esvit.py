@@ -95,8 +95,9 @@ class RegionNetwork(MultiCropNetwork):
         self, crops: Sequence[torch.Tensor], draws: np.ndarray | None, neighbours: np.ndarray | None
     ) -> torch.Tensor:
         """The first of ``regions``, with no more work than it needs."""
-        cheaper = hasattr(self.backbone, "forward_crops") or not hasattr(self.backbone, "forward_regions")
-        return self.features(crops, draws) if cheaper else self.regions(crops, draws, neighbours)[0]
+        if neighbours is not None:
+            return self.backbone.forward_crops(crops, draws, neighbours)
+        return self.features(crops, draws)
 
 
 class EsViT(PrototypeMethod):

@@ -12,9 +12,11 @@ from methods.esvit import TEACHER_VIEWS, EsViT, RegionNetwork, names_in_files, n
 from methods.heads import DINOHead, WeightNormLinear
 from methods.regions import match_regions, tokens_of_crops
 from methods.teacher import temperatures
+from models import build_backbone
 from tests.parity import Case
 from tests.parity.losses import on_ranks
-from tests.parity.swin import build_swin, hash_images, stored_weights
+from tests.parity.staged import build_cvt, build_vil
+from tests.parity.swin import build_swin, hash_images, hash_weights, stored_weights
 from tests.parity.trajectories import Diary, numbered, train
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
@@ -185,20 +187,25 @@ def schedules(case: Case) -> Iterator[tuple]:
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
-BACKBONES = {"embed_dim": build_swin}  # a key of arch_config that only this kind of networks has -> what builds it
+BACKBONES = {  # a key of arch_config, which kinds of networks further below do not have -> what builds the network
+    "embed_dim": build_swin,
+    "DIM_EMBED": build_cvt,
+    "mode": build_vil,
+    "arch": lambda config: build_backbone(config["arch"]),
+}
 
 
 def trajectory_method(p: dict, dtype: torch.dtype) -> EsViT:
     config, sizes = p["arch_config"], p["head_config"]
     build = next(build for key, build in BACKBONES.items() if key in config)
     networks = []
-    for rate, frozen in ((p["drop_path_rate"], p["norm_last_layer"]), (0.0, True)):
-        backbone = build(config, drop_path_rate=rate)
+    for frozen in (p["norm_last_layer"], True):
+        backbone = build(config)
         head_sizes = {"hidden_dim": sizes["hidden"], "bottleneck_dim": sizes["bottleneck"], "norm_last_layer": frozen}
         heads = [DINOHead(backbone.embed_dim, sizes["out_dim"], **head_sizes) for _ in range(1 + p["dense"])]
         networks.append(RegionNetwork(backbone, *heads))
     temps = temperatures(argparse.Namespace(**p))
-    prefix = "backbone.backbone." if "names" in p and p["names"][0].startswith("backbone.backbone.") else ""
+    prefix = "backbone.backbone." if build is BACKBONES["arch"] else ""
     return EsViT(*networks, temps, p["freeze_last_layer"], file_prefix=prefix).to(dtype)
 
 
@@ -216,6 +223,7 @@ def trajectory(case: Case) -> Iterator[tuple]:
     student = method.student
     student.load_state_dict(names_of_ours(weights_of(case, names_in_files(student.state_dict(), method.file_prefix))))
     method.teacher.load_state_dict(student.state_dict())
+    yield "drop_path_rate", p["drop_path_rate"], 0.0  # which no draws are stored for
     yield from groups_of(method, p)
     steps = p["epochs"] * p["iters_per_epoch"]
     pieces = ({"crops": [crop.to(case.dtype) for crop in crops_of(p, step)]} for step in range(steps))
@@ -251,7 +259,9 @@ def trajectory(case: Case) -> Iterator[tuple]:
 
 def weights_of(case: Case, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the run begins with, under the names of files: stored, or by the manifest's rule; integers as built."""
-    return state | stored_weights(case)
+    if case.names("w::"):
+        return state | stored_weights(case)
+    return hash_weights(state, int(re.search(r"seed (\d+)\+t", case.params["weights"])[1]))
 
 
 def groups_of(method: EsViT, p: dict) -> Iterator[tuple]:
@@ -271,5 +281,5 @@ RUNNERS = {
     "esvit/dino_loss*": dino_loss,
     "esvit/dino_head*": projection_head,
     "esvit/schedules": schedules,
-    "esvit/trajectory_swin_*": trajectory,
+    "esvit/trajectory_*": trajectory,
 }
