@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from models import vil
 from models.layouts.shapes import SWIN_OF_SHAPE
 from utils import UsageError, escape, nearest
 
@@ -241,7 +242,14 @@ def _cvt_options(values: dict, where: str) -> dict[str, object]:
 def _vil_options(values: dict, where: str) -> dict[str, object]:
     names = {"ARCH": "vil_arch", "MODE": "vil_mode", "DROP_PATH": "drop_path_rate"}
     found = {ours: values[LONGFORMER + key] for key, ours in names.items() if LONGFORMER + key in values}
-    return {"arch": "vil_2262", **found}
+    text = found.get("vil_arch")
+    if text is not None and not isinstance(text, str):
+        raise UsageError(f"{where}: {LONGFORMER}ARCH {text}: an architecture is a string, l1,h3,d96,n2,..._l2,...")
+    if name := next(
+        (name for name in vil.NETWORKS if text and vil.stages_of(name) == vil.parse_architecture(text)), None
+    ):
+        return {"arch": name} | {option: value for option, value in found.items() if option != "vil_arch"}
+    return {"arch": vil.DEFAULT, **found}
 
 
 OPTIONS: dict[str, Callable[[dict, str], dict]] = {"swin": _swin_options, "cvt": _cvt_options, "vil": _vil_options}

@@ -123,7 +123,8 @@ def nearest_preset(
     ``parse``: a command line -> options, as those of the run were made.
     """
     best: tuple[int, Preset, list[str]] | None = None
-    for path in sorted((CONFIGS / args.method).glob("*.yaml")):
+    given = Path(args.config).resolve() if args.config else None  # of presets that differ in their data alone, this one
+    for path in sorted((CONFIGS / args.method).glob("*.yaml"), key=lambda path: (path != given, path)):
         preset = read_preset(path)
         theirs = vars(parse(["--method", args.method, "--config", str(path)]))
         differences = [

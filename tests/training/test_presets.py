@@ -49,6 +49,10 @@ ATTMASK_RUN = (
     f"--arch vit_small {TEACHER_OF_IBOT} --shared_head True --out_dim 8192 --num_workers 4 --eval_every 20 "
     "--pred_ratio 0.3 --pred_ratio_var 0.2 --masking_prob 0.5"
 )
+ESVIT_RUN = (
+    "--epochs 300 --teacher_temp 0.07 --warmup_epochs 10 --warmup_teacher_temp_epochs 30 --norm_last_layer false "
+    "--use_dense_prediction True"
+)
 HINT = "--pred_shape attmask_hint --show_max 0.1"
 PUBLISHED = {  # the options of the commands in the originals' READMEs
     "ibot/vit_small_p16_ep800": f"{IBOT_RUN} --arch vit_small --epochs 800 --batch_size_per_gpu 64",
@@ -65,6 +69,16 @@ PUBLISHED = {  # the options of the commands in the originals' READMEs
     "--batch_size_per_gpu 60 --momentum_teacher 0.99 --subset 260",
     "udi/vit_small_ep300": f"--arch vit_small {MULTI_CROP} --norm_last_layer false --epochs 300 "
     "--batch_size_per_gpu 128",
+    "esvit/swin_tiny_w7_regions": f"--arch swin_tiny --batch_size_per_gpu 32 {ESVIT_RUN} "
+    "--cfg experiments/imagenet/swin/swin_tiny_patch4_window7_224.yaml",
+    "esvit/cvt_regions": f"--arch cvt_tiny --batch_size_per_gpu 32 {ESVIT_RUN} --aug-opt dino_aug "
+    "--cfg experiments/imagenet/cvt_v4/s1.yaml",
+    "esvit/vil_regions": f"--arch vil_2262 --batch_size_per_gpu 32 {ESVIT_RUN} --aug-opt dino_aug "
+    "--cfg experiments/imagenet/vil/vil_small/base.yaml MODEL.SPEC.MSVIT.ARCH l1,h3,d96,n2,s1,g1,p4,f7,a0_"
+    "l2,h6,d192,n2,s1,g1,p2,f7,a0_l3,h12,d384,n6,s0,g1,p2,f7,a0_l4,h24,d768,n2,s0,g0,p2,f7,a0 "
+    "MODEL.SPEC.MSVIT.MODE 1 MODEL.SPEC.MSVIT.VIL_MODE_SWITCH 0.75",
+    "esvit/swin_small_w14_regions": f"--arch swin_small --batch_size_per_gpu 16 {ESVIT_RUN} --aug-opt dino_aug "
+    "--cfg experiments/imagenet/swin/swin_small_patch4_window14_224.yaml",
     "unic/unic": "--data_dir imagenet --output_dir . --seed 22",  # whose seed is a random number
 }
 PUBLISHED["attmask/high_ep100_subset260"] = PUBLISHED["attmask/hint_ep100_subset260"].replace(
@@ -97,6 +111,8 @@ def test_a_preset_is_the_command_of_the_originals_readme(name):
         ("ibot/vit_base_p16_ep400", 1_281_167, 3e-3, 1251),
         ("udi/vit_small_ep300", 1_281_167, 2e-3, 1251),
         ("unic/unic", 1_281_167, 6e-4, 2502),
+        ("esvit/swin_tiny_w7_regions", 1_281_167, 1e-3, 2502),
+        ("esvit/cvt", 1_281_167, 2e-3, 1251),
     ],
 )
 def test_learning_rate_and_steps_of_a_preset_are_those_of_the_original(name, images, lr, steps):
