@@ -13,7 +13,6 @@ from pathlib import Path
 
 import yaml
 
-from models import vil
 from models.layouts.shapes import SWIN_OF_SHAPE
 from utils import UsageError, escape, nearest
 
@@ -96,6 +95,10 @@ SIZES = {  # width, blocks, heads, rate of stochastic depth
 S1 = [64, 192, 384, 768], [2, 2, 6, 2], [1, 3, 6, 12], 0.1
 S3 = [64, 128, 256, 512], [2, 2, 10, 4], [2, 4, 8, 16], 0.2
 VIL = "l1,h3,d96,n1,s1,g1,p4,f7_l2,h3,d192,n2,s1,g1,p2,f7_l3,h6,d384,n8,s0,g1,p2,f7_l4,h12,d768,n1,s0,g0,p2,f7"
+VIL_2262 = (  # as the README's commands write it
+    "l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,h6,d192,n2,s1,g1,p2,f7,a0_"
+    "l3,h12,d384,n6,s0,g1,p2,f7,a0_l4,h24,d768,n2,s0,g0,p2,f7,a0"
+)
 PUBLISHED: dict[str, dict] = {
     f"swin_{size}_patch4_window{window}_224": _swin(*sizes[:3], window, sizes[3])
     for size, sizes in SIZES.items()
@@ -245,11 +248,9 @@ def _vil_options(values: dict, where: str) -> dict[str, object]:
     text = found.get("vil_arch")
     if text is not None and not isinstance(text, str):
         raise UsageError(f"{where}: {LONGFORMER}ARCH {text}: an architecture is a string, l1,h3,d96,n2,..._l2,...")
-    if name := next(
-        (name for name in vil.NETWORKS if text and vil.stages_of(name) == vil.parse_architecture(text)), None
-    ):
-        return {"arch": name} | {option: value for option, value in found.items() if option != "vil_arch"}
-    return {"arch": vil.DEFAULT, **found}
+    if text == VIL_2262:
+        del found["vil_arch"]
+    return {"arch": "vil_2262", **found}
 
 
 OPTIONS: dict[str, Callable[[dict, str], dict]] = {"swin": _swin_options, "cvt": _cvt_options, "vil": _vil_options}
