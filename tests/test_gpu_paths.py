@@ -80,8 +80,6 @@ OPTIONS = {
     "a ladder that is recomputed": ("unic", "--grad_checkpointing"),
     "norms in the ladder": ("unic", "--lp_args", "{'hidden_dim': 9, 'prenorm': True, 'midnorm': True}"),
     "regions of a Swin": ("esvit", *SWIN),
-    "one size of crops": ("esvit", "--local_crops_size", "32"),
-    "regions and batch norm": ("esvit", "--use_bn_in_head", "true", "--precision", "fp16"),
     "mixed images": ("esvit", "--use_dense_prediction", "false", "--use_mixup", "true"),
     "hints": ("attmask", "--pred_shape", "attmask_hint", "--show_max", "0.1"),
 }

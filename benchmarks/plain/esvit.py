@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from methods.base import Clock
 from methods.esvit import EsViT
 from models.swin import SwinBlock, SwinTransformer, relative_position_index, shift_mask
+from models.vit import VisionTransformer
 from plain import textbook
 
 Regions = tuple[torch.Tensor, list[torch.Tensor]]  # vectors of crops, tokens (samples, n, dim) of every size of them
@@ -21,16 +22,22 @@ def forward(method: EsViT, batch: dict, clock: Clock) -> torch.Tensor:
     return heads_and_loss(method, regions(method.student.backbone, crops, draws), teacher, clock)
 
 
-def regions(network: SwinTransformer, crops: list[torch.Tensor], draws) -> Regions:
-    batch, first, tokens = len(crops[0]), 0, []
+def regions(network: SwinTransformer | VisionTransformer, crops: list[torch.Tensor], draws) -> Regions:
+    batch, first, vectors, tokens = len(crops[0]), 0, [], []
     while first < len(crops):
         last = first
         while last < len(crops) and crops[last].shape == crops[first].shape:
             last += 1
         part = None if draws is None else draws[..., first * batch : last * batch]
-        tokens.append(swin(network, torch.cat(crops[first:last]), part))
+        images = torch.cat(crops[first:last])
+        if isinstance(network, VisionTransformer):
+            x = textbook.vit(network, images, part)
+            vectors, tokens = [*vectors, x[:, 0]], [*tokens, x[:, 1:]]
+        else:
+            tokens.append(swin(network, images, part))
+            vectors.append(tokens[-1].mean(dim=1))
         first = last
-    return torch.cat([part.mean(dim=1) for part in tokens]), tokens
+    return torch.cat(vectors), tokens
 
 
 def swin(network: SwinTransformer, images: torch.Tensor, draws) -> torch.Tensor:

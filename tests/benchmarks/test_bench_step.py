@@ -34,6 +34,13 @@ def test_the_plain_formulation_of_a_method_gives_its_losses(bench, method, monke
     assert [side.name for side in sides] == ["plain", "fast"] and all(len(side.times) == 2 for side in sides)
 
 
+def test_the_plain_formulation_of_a_swin_gives_the_losses_of_its_regions(bench, monkeypatch):
+    words = [*SMALL.replace("vit_micro --patch_size 32", "swin_micro").split(), *CROPS.split()]
+    args = bench.get_bench_parser().parse_args(["--method", "esvit", *words])
+    monkeypatch.setattr(bench, "product_rate", lambda device: 1.0)
+    bench.compare(args, "fp32", *bench.build(args))  # raises UsageError where they differ
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_batch_of_a_benchmark_is_what_the_loader_would_make(bench, method):
     one = method == "unic"
