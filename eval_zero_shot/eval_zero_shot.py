@@ -7,7 +7,12 @@ The student's image in that teacher's space goes through the teacher's projectio
 nearest is the answer. Published with UNIC-L: 81.4 % top-1 on ImageNet. Files and protocol: README.md in this folder.
 """
 
-from evaluation.network import add_head_argument, add_network_arguments, add_process_arguments
+from evaluation.network import (
+    add_head_argument,
+    add_network_arguments,
+    add_process_arguments,
+    parse_network_args,
+)
 from evaluation.sets import add_looking_arguments, check_looking_arguments
 from evaluation.zero_shot_run import evaluate
 from utils import Parser, init_world, keep_large_blocks, run_cli
@@ -33,7 +38,7 @@ def get_args_parser() -> Parser:
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_network_args(get_args_parser())
     check_looking_arguments(args)
     keep_large_blocks()
     evaluate(args, init_world(args.device, args.dist_url, args.backend))
