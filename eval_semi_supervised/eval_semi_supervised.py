@@ -13,7 +13,12 @@ import math
 
 from evaluation.compared import COMPARE_HELP
 from evaluation.few_labels import evaluate
-from evaluation.network import add_feature_arguments, add_network_arguments, add_process_arguments
+from evaluation.network import (
+    add_feature_arguments,
+    add_network_arguments,
+    add_process_arguments,
+    parse_network_args,
+)
 from evaluation.sets import add_data_arguments, check_common_arguments
 from utils import Parser, UsageError, bool_flag, init_world, keep_large_blocks, log, run_cli
 
@@ -55,7 +60,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_network_args(get_args_parser())
     check_arguments(args)
     keep_large_blocks()
     world = init_world(args.device, args.dist_url, args.backend)

@@ -8,13 +8,14 @@ t-ReX (2206.15369), UNIC (2408.05088). Features are extracted once and kept; set
 part of the training images. Protocol, published numbers and commands: README.md in this folder.
 """
 
+from evaluation.network import parse_network_args
 from evaluation.transfer_options import check_arguments, get_args_parser
 from evaluation.transfer_run import evaluate
 from utils import init_world, keep_large_blocks, run_cli
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_network_args(get_args_parser())
     check_arguments(args)
     keep_large_blocks()
     evaluate(args, init_world(args.device, args.dist_url, args.backend))
