@@ -205,7 +205,7 @@ REFUSED = [
     (
         {"arch": "resnet18"},
         None,
-        r"its student is a vit_micro .* here it is a ResNet of 100 tensors \(conv1.weight: none",
+        r"its student is a vit_micro .* here it is a resnet18 of 100 tensors \(conv1.weight: none",
     ),
     ({**OTHERS["ibot"]}, None, "belongs to a dino run, this is ibot"),
     ({**OTHERS["ibot"]}, original, "is not a checkpoint of a ibot run: no ibot_loss"),
