@@ -68,6 +68,8 @@ def describe(tokens: Tokens) -> str:
         return f"{len(tokens['masked'])} hidden patches"
     if "points" in tokens:
         return f"{len(tokens['points'])} places"
+    if "weak" in tokens:
+        return f"{len(tokens['weak'])} images"
     return f"{sum(tokens[name].shape[:2].numel() for name in ('global', 'local'))} regions"
 
 

@@ -82,7 +82,6 @@ OPTIONS = {
     "regions of a Swin": ("esvit", *SWIN),
     "mixed images": ("esvit", "--use_dense_prediction", "false", "--use_mixup", "true"),
     "pieces for queues and memories": ("mugs", "--accum_iter", "2"),
-    "contrast alone": ("mugs", "--loss_weights", "1", "1", "0", "--local_group_advance_once", "true"),
     "hints": ("attmask", "--pred_shape", "attmask_hint", "--show_max", "0.1"),
 }
 

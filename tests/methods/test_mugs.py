@@ -5,6 +5,7 @@ import torch
 from methods.base import Clock
 from methods.mugs import Mugs, from_file, to_file
 from models import build_backbone
+from tests.narrow_heads import narrow
 from tests.parity.mugs_training import small_mugs
 from tests.twins import random
 from training.options import parse_options
@@ -29,6 +30,7 @@ def test_the_original_clips_its_largest_network_closer_after_epoch_100(monkeypat
         method.clip_gradients(0.5, Clock(epoch, 0))
         norms = [parameter.grad.norm() for parameter in method.student.parameters() if parameter.numel() > 1]
         assert max(norms) <= 0.5 * factor < max(norms) * 1.01
+    narrow(monkeypatch)
     monkeypatch.setattr("methods.mugs.build_backbone", lambda arch, **options: build_backbone("vit_micro", **options))
     built = [Mugs.build(small_options(arch)).clip_late for arch in ("vit_large", "vit_base")]
     assert built == [True, False]
