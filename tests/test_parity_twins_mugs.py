@@ -268,30 +268,6 @@ def test_clipping_and_steps_with_other_numbers():
     agrees(rewrite(case, inputs, outputs))
 
 
-OWN = [0, 1, 0, 1, 1]
-
-
-def test_a_knn_of_other_numbers_of_neighbours():
-    case = golden("mugs", "knn")
-    case.params |= {"num_classes": 2, "ks": [1, 3], "temperatures": [0.1]}
-    bank = F.normalize(random(4, 3), dim=1)
-    queries, labels, own = (
-        F.normalize(random(5, 3, seed=3), dim=1),
-        torch.tensor([0, 1, 1, 0]),
-        torch.tensor([0, 1, 0, 1, 1]),
-    )
-    rows = []
-    for k in (1, 3):
-        near = (queries @ bank.t()).topk(k, dim=1)
-        votes = torch.zeros(5, 2).double().scatter_add_(1, labels[near.indices], (near.values / 0.1).exp())
-        top1 = (votes.argmax(dim=1) == own).double().mean() * 100
-        top = 100.0 if k > 1 else top1
-        rows.append([k, 0.1, top1, min(top1, top), 100.0])
-    inputs = {"in.train_features": bank, "in.train_labels": labels}
-    inputs |= {"in.test_features": queries, "in.test_labels": own}
-    agrees(rewrite(case, inputs, {"out.results": torch.tensor(rows, dtype=torch.float64)}))
-
-
 @pytest.mark.parametrize("name", ["trajectory", "trajectory_variants"])
 def test_what_is_wrong_in_a_whole_run_is_noticed(name):
     """Of one number of every kind of output."""

@@ -1,4 +1,4 @@
-"""Runners: Mugs's checkpoints, the features that its evaluations take from them, and its k-NN."""
+"""Runners: Mugs's checkpoints, and the features that its evaluations take from them."""
 
 import re
 from collections.abc import Iterator
@@ -6,8 +6,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from evaluation.features import NORMED_MEAN, Feature, class_token, multiscale_class_token
-from evaluation.knn import knn_classify
+from evaluation.features import NORMALISED_MEAN, Feature, class_token, multiscale_class_token
 from methods.memory import Memory
 from methods.mugs import Mugs
 from models.checkpoints import load_tensors
@@ -17,23 +16,6 @@ from models.vit import VisionTransformer
 from tests.parity import Case
 from tests.parity.mugs_training import small_mugs
 from training.checkpointing import unwrapped
-
-
-def knn(case: Case) -> Iterator[tuple]:
-    tensors = [case.tensor(f"in.{side}_{kind}") for side in ("train", "test") for kind in ("features", "labels")]
-    p, results = case.params, case.arrays["out.results"]
-    yield (
-        "out.results, k and T",
-        sorted(results[:, :2].tolist()),
-        sorted([k, t] for k in p["ks"] for t in p["temperatures"]),
-    )
-    for k, temperature, top1, low, high in results:
-        found = knn_classify(*tensors, [int(k)], temperature, p["num_classes"])[int(k)]
-        label = f"out.results k={int(k)}, T={temperature}"
-        yield f"{label} top1", found[0], top1
-        # a class without votes that ties for the fifth place may be counted or not
-        yield f"{label} top5", found[1], min(max(found[1], low), high)
-
 
 # <key>.<feature> on the square images, <key>.rect.<feature> on the others
 OUTPUT = re.compile(r"out\.(?P<key>student|teacher)\.(?P<rect>rect\.)?(?P<feature>\w+)")
@@ -111,10 +93,9 @@ def chosen(match: re.Match) -> Feature:
     """Its linear probe's avgpool 1 is the mean of patches after the norm, which is not what iBOT calls so."""
     if match["n"]:
         return Feature(int(match["n"]), "interleaved" if match["interleaved"] else "0")
-    return Feature(int(match["blocks"] or 1), {"1": NORMED_MEAN}.get(match["avgpool"], match["avgpool"]))
+    return Feature(int(match["blocks"] or 1), {"1": NORMALISED_MEAN}.get(match["avgpool"], match["avgpool"]))
 
 
 RUNNERS = {
-    "mugs/knn": knn,
     "mugs/checkpoint_features": checkpoint_features,
 }
