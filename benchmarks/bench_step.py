@@ -48,6 +48,7 @@ SETTINGS = {  # what the published recipes have and the defaults have not
     "udi": "--out_dim 65536 --local_crops_number 10 --norm_last_layer false",
     "unic": "--image_size 224",
     "esvit": "--use_dense_prediction true --out_dim 65536 --local_crops_number 8 --norm_last_layer false",
+    "mugs": "--norm_last_layer false",
 }
 TEACHERS = ("vit_small", "vit_small")  # of random weights, where a method has frozen ones
 SHARES = ("forward", "backward", "clip", "optimiser", "EMA and centre")

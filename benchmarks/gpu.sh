@@ -71,7 +71,7 @@ END
 fi
 
 take "Tests" -m pytest -p no:cacheprovider -q tests/gpu
-for method in dino ibot attmask udi unic; do
+for method in dino ibot attmask udi unic mugs; do
     take "A training step, $method" benchmarks/bench_step.py --method $method --batch 64 --steps 5 --device cuda
 done
 take "A training step, deterministic" benchmarks/bench_step.py --method dino --batch 64 --steps 5 --device cuda --deterministic

@@ -7,13 +7,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from plain import esvit, masked_distillation, udi
+from plain import esvit, masked_distillation, mugs, udi
 
 from methods.base import Clock
 from methods.esvit import TEACHER_VIEWS, EsViT
 from methods.masked_distillation import MaskedDistillation
 from methods.masking import attention_mask
+from methods.mugs import Mugs
 from methods.udi import UDI, teacher_places
+from models.blocks import pack
 
 Tokens = dict[str, torch.Tensor]
 
@@ -22,7 +24,7 @@ def draw(images: int, tokens: int, dim: int, device: torch.device) -> torch.Tens
     return F.layer_norm(torch.randn(images, tokens, dim, device=device), (dim,))
 
 
-def random_tokens(method: MaskedDistillation | UDI | EsViT, batch: dict, clock: Clock) -> Tokens:
+def random_tokens(method: MaskedDistillation | UDI | EsViT | Mugs, batch: dict, clock: Clock) -> Tokens:
     """Tokens as the networks give them of ``batch``, and what the method draws besides."""
     if method.name == "esvit":
         return random_regions(method, batch)
@@ -31,12 +33,13 @@ def random_tokens(method: MaskedDistillation | UDI | EsViT, batch: dict, clock: 
     sides = [crop.shape[-1] // network.patch_size for crop in (crops[0], crops[-1])]
     counts = [network.num_prefix_tokens + side**2 for side in sides]
     size, views, dim = len(crops[0]), 2, network.embed_dim
+    shown = len(crops) - views if method.name == "mugs" else len(crops)  # to the student
     tokens = {
         "teacher": draw(views * size, counts[0], dim, device),
         "global": draw(views * size, counts[0], dim, device),
-        "local": draw((len(crops) - views) * size, counts[1], dim, device),
+        "local": draw((shown - views) * size, counts[1], dim, device),
     }
-    if method.name == "udi":
+    if method.name in ("udi", "mugs"):
         return tokens | {name: value for name, value in batch.items() if name != "crops"}
     if method.name == "attmask":
         attention = torch.rand(views * size, counts[0] - 1, device=device)
@@ -65,6 +68,8 @@ def describe(tokens: Tokens) -> str:
         return f"{len(tokens['masked'])} hidden patches"
     if "points" in tokens:
         return f"{len(tokens['points'])} places"
+    if "weak" in tokens:
+        return f"{len(tokens['weak'])} images"
     return f"{sum(tokens[name].shape[:2].numel() for name in ('global', 'local'))} regions"
 
 
@@ -115,16 +120,39 @@ def fast_udi(method: UDI, tokens: Tokens, clock: Clock) -> torch.Tensor:
     return method.losses(vectors, targets, crops)["loss"]
 
 
+def plain_mugs(method: Mugs, tokens: Tokens, clock: Clock) -> torch.Tensor:
+    student = [tokens["global"], tokens["local"]]
+    return mugs.heads_and_loss(method, [tokens["teacher"]], student, tokens["weak"], clock)
+
+
+def fast_mugs(method: Mugs, tokens: Tokens, clock: Clock) -> torch.Tensor:
+    """With what is written afterwards, as the plain form has it."""
+
+    def views(side: str, *groups: torch.Tensor):
+        backbone, memory = getattr(method, side).backbone, method.memories[side]
+        return backbone.views_of(*pack(groups), len(tokens["weak"]), memory, method.top_n)
+
+    with torch.no_grad():
+        teacher = views("teacher", tokens["teacher"])
+    student = views("student", tokens["global"], tokens["local"])
+    loss = method.losses(student, teacher, clock)["loss"]
+    method.remember(student, teacher, tokens, clock)
+    method.write(clock, None)
+    method.centres.commit(None)
+    return loss
+
+
 MASKED = {"plain": plain_masked, "fast": fast_masked}
 PARTS: dict[str, dict[str, Callable]] = {
     "ibot": MASKED,
     "attmask": MASKED,
     "udi": {"plain": plain_udi, "fast": fast_udi},
     "esvit": {"plain": plain_regions, "fast": fast_regions},
+    "mugs": {"plain": plain_mugs, "fast": fast_mugs},
 }
 
 
-def run(side: str, method: MaskedDistillation | UDI | EsViT, tokens: Tokens, clock: Clock) -> float:
+def run(side: str, method: MaskedDistillation | UDI | EsViT | Mugs, tokens: Tokens, clock: Clock) -> float:
     """Forward and backward once; the loss."""
     for name in ("global", "local"):
         tokens[name] = tokens[name].detach().requires_grad_()

@@ -5,11 +5,12 @@ from methods.base import Method
 from methods.dino import DINO
 from methods.esvit import EsViT
 from methods.ibot import IBOT
+from methods.mugs import Mugs
 from methods.udi import UDI
 from methods.unic import UNIC
 from utils import UsageError, nearest
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DINO, IBOT, AttMask, UDI, UNIC, EsViT)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (DINO, IBOT, AttMask, UDI, UNIC, EsViT, Mugs)}
 
 
 def method_class(name: str) -> type[Method]:

@@ -1,4 +1,4 @@
-"""Projection heads: DINO's for vectors, iBOT's for class and patch tokens."""
+"""Projection heads: DINO's for vectors, iBOT's for class and patch tokens, Mugs's for contrast."""
 
 import torch
 import torch.nn as nn
@@ -110,3 +110,48 @@ class IBOTHead(nn.Module):
             return self.mlp[-1](cls) if patches is None else (self.mlp[-1](cls), self.mlp2(patches))
         cls = self.last_layer(unit_vectors(self.mlp[-1](cls)))
         return cls if patches is None else (cls, self.last_layer2(unit_vectors(self.mlp[-1](patches))))
+
+
+class ContrastiveHead(nn.Module):
+    """Projector, and for a student a predictor behind it, both without biases (Mugs 2203.14415, section 3.1).
+
+    The teacher's output is the unit vector of its projection. The student's is that of its prediction, which is made
+    from the unit vector of its projection, or from the projection itself without ``norm_before_pred``.
+
+    parity: the projector starts from a truncated normal of 0.02, the predictor as ``nn.Linear`` does; ``use_bn``
+    concerns the projector alone.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int = 256,
+        predictor: bool = False,
+        use_bn: bool = False,
+        norm_before_pred: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        predictor_dim: int = 4096,
+    ):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width_in in [in_dim] + [hidden_dim] * (nlayers - 2):
+            layers.append(nn.Linear(width_in, hidden_dim, bias=False))
+            if use_bn:
+                layers.append(nn.BatchNorm1d(hidden_dim))
+            layers.append(nn.GELU())
+        self.projector = nn.Sequential(*layers, nn.Linear(hidden_dim, out_dim, bias=False))
+        for module in self.projector.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+        self.predictor, self.norm_before_pred = None, norm_before_pred
+        if predictor:
+            first, second = nn.Linear(out_dim, predictor_dim, bias=False), nn.Linear(predictor_dim, out_dim, bias=False)
+            self.predictor = nn.Sequential(first, nn.GELU(), second)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, in_dim) -> unit vectors (rows, out_dim)."""
+        x = self.projector(x)
+        if self.predictor is not None:
+            x = self.predictor(unit_vectors(x) if self.norm_before_pred else x)
+        return unit_vectors(x)

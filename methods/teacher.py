@@ -113,17 +113,18 @@ class Follower:
 class PrototypeMethod(Method):
     """Student and teacher are modules of ``backbone`` and ``head``; the teacher starts as the student and follows it.
 
-    ``centres``: of the teacher's logits. ``used``: which prototypes were some image's first choice in this epoch, on
-    this process; on any of them after ``health`` and ``epoch_state``.
+    ``centres``: of the teacher's logits; None where a method was told to do without prototypes. ``used``: which of them
+    were some image's first choice in this epoch, on this process; on any of them after ``health`` and ``epoch_state``.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, centres: Centres, freeze_last_layer: int):
+    def __init__(self, student: nn.Module, teacher: nn.Module, centres: Centres | None, freeze_last_layer: int):
         super().__init__()
         self.student, self.teacher, self.centres = student, teacher, centres
         start_teacher(teacher, student)
         self.follower = Follower(teacher, student)
         self.freeze_last_layer = freeze_last_layer
-        self.register_buffer("used", torch.zeros(centres.center.shape[-1], dtype=torch.bool), persistent=False)
+        prototypes = centres.center.shape[-1] if centres else 0
+        self.register_buffer("used", torch.zeros(prototypes, dtype=torch.bool), persistent=False)
         self._seen: dict[str, torch.Tensor] = {}  # what health() looks at
         self._seen_epoch = -1
 
@@ -144,7 +145,8 @@ class PrototypeMethod(Method):
 
     def after_step(self, clock: Clock, gate: torch.Tensor | None) -> None:
         self.follower.step(clock.momentum, gate)
-        self.centres.commit(gate)
+        if self.centres:
+            self.centres.commit(gate)
 
     def health(self) -> dict[str, torch.Tensor]:
         """Needs the teacher's ``probs`` and ``features`` and the ``loss`` among what was seen."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.blocks import Block, Reads, group_by_size, pack
-from models.stochastic_depth import Draws, kept_samples
+from models.stochastic_depth import Draws, Groups, kept_samples
 from utils import to_device
 
 
@@ -205,6 +205,16 @@ class VisionTransformer(nn.Module):
         reads = Reads([self.num_class_tokens] * len(groups))
         x = self.norm(self._run_blocks(x, groups, draws, reads))
         return x if self.num_class_tokens == 1 else x.view(-1, self.num_class_tokens, self.embed_dim)
+
+    def forward_rows(
+        self, crops: Sequence[torch.Tensor], draws: np.ndarray | None = None
+    ) -> tuple[torch.Tensor, Groups]:
+        """All tokens of crops of any sizes as the last block leaves them, without the final norm, in one pass.
+
+        Returns    packed rows (rows, dim), and (samples, tokens) of every size of crops; ``draws`` as ``forward_crops``
+        """
+        x, groups = pack([self.prepare_tokens(group) for group in group_by_size(crops)])
+        return self._run_blocks(x, groups, draws), groups
 
     def forward_masked(
         self,

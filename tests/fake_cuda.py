@@ -31,11 +31,14 @@ RECIPES = {
     "udi": ["--local_crops_number", "10", "--norm_last_layer", "false"],
     "unic": ["--teachers", teachers()],
     "esvit": ["--use_dense_prediction", "true"],
+    "mugs": ["--norm_last_layer", "false"],
 }
 MICRO = ["--arch", "vit_micro", "--patch_size", "8", "--batch_size_per_gpu", "8", "--epochs", "40"]
 CROPS = ["--out_dim", "48", "--global_crops_size", "32", "--local_crops_size", "16", "--local_crops_number", "2"]
 LADDER = ["--image_size", "32", "--lp_args", "{'hidden_dim': 16, 'last_hidden_dim': 24}"]
-SMALL = {method: [*MICRO, *(LADDER if method == "unic" else CROPS)] for method in RECIPES}
+QUEUES = ["--instance_queue_size", "64", "--local_group_queue_size", "64", "--group_out_dim", "48"]
+SIZES = {"unic": LADDER, "mugs": [*CROPS[2:], *QUEUES]}
+SMALL = {method: [*MICRO, *SIZES.get(method, CROPS)] for method in RECIPES}
 FULL = ["--arch", "vit_small", "--batch_size_per_gpu", "64", "--epochs", "100"]
 
 

@@ -22,7 +22,7 @@ NOT_DETERMINISTIC = (
 AT_ONCE = 5  # copies of what the host decides in a piece: samples that are dropped, hidden patches; not block by block
 PRECISIONS = ("bf16", "fp16", "fp32")
 # operations of a step at full size, bf16; a loop over parameters or samples adds hundreds
-OPERATIONS = {"dino": 3130, "ibot": 3600, "attmask": 3600, "udi": 4000, "unic": 4430, "esvit": 10600}
+OPERATIONS = {"dino": 3130, "ibot": 3600, "attmask": 3600, "udi": 4000, "unic": 4430, "esvit": 10600, "mugs": 4300}
 
 
 def check(steps: Steps) -> None:
@@ -81,6 +81,7 @@ OPTIONS = {
     "norms in the ladder": ("unic", "--lp_args", "{'hidden_dim': 9, 'prenorm': True, 'midnorm': True}"),
     "regions of a Swin": ("esvit", *SWIN),
     "mixed images": ("esvit", "--use_dense_prediction", "false", "--use_mixup", "true"),
+    "pieces for queues and memories": ("mugs", "--accum_iter", "2"),
     "hints": ("attmask", "--pred_shape", "attmask_hint", "--show_max", "0.1"),
 }
 
@@ -94,7 +95,14 @@ def test_no_option_makes_a_step_wait(options, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [("dino", "--use_bn_in_head", "true"), ("ibot", "--norm_in_head", "syncbn"), ("attmask",), ("udi",), ("unic",)],
+    [
+        ("dino", "--use_bn_in_head", "true"),
+        ("ibot", "--norm_in_head", "syncbn"),
+        ("attmask",),
+        ("udi",),
+        ("unic",),
+        ("mugs",),
+    ],
     ids=lambda options: options[0],
 )
 def test_eight_processes_wait_for_nothing_either(options):

@@ -25,7 +25,7 @@ def diagnose(values: dict[str, float]) -> dict[str, str]:
             f"the features of a batch lie on a line (effective rank {values['effective_rank']:.2f}): dimensional "
             "collapse; lower the learning rate, and look at the crops in TensorBoard"
         )
-    return found | _of_frozen_teachers(values) | _of_regions(values)
+    return found | _of_frozen_teachers(values) | _of_regions(values) | _of_contrast(values)
 
 
 def _of_frozen_teachers(values: dict[str, float]) -> dict[str, str]:
@@ -64,5 +64,23 @@ def _of_regions(values: dict[str, float]) -> dict[str, str]:
             f"regions of a crop find the same {values['matched_tokens']:.1f} of the teacher's view: they do not differ "
             "within an image; look at matches.png of --dry_run, lower the learning rate, or begin without "
             "--use_dense_prediction"
+        )
+    return found
+
+
+def _of_contrast(values: dict[str, float]) -> dict[str, str]:
+    """Of views among earlier images: whether they are told apart, and whether what is found differs."""
+    found = {}
+    ranks = {name: values[name] for name in ("instance_rank", "local_group_rank") if name in values}
+    if ranks and max(ranks.values()) > 0.4:
+        worst = max(ranks, key=ranks.get)
+        found["positives among negatives"] = (
+            f"{ranks[worst]:.0%} of the queue is nearer to a view than its positive ({worst}; 50 % is chance): the "
+            "contrast tells images not apart; lower the learning rate, lengthen --warmup_epochs, or raise --prob"
+        )
+    if values.get("retrieved_spread", 1.0) < 0.02:
+        found["one neighbourhood"] = (
+            f"all that the memory returns points one way (spread {values['retrieved_spread']:.3f}): mean tokens have "
+            "collapsed; lower the learning rate, or --loss_weights 1 0 1 to see what the other losses do alone"
         )
     return found

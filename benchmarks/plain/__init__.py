@@ -8,7 +8,7 @@ reads the same modules as the fast path and must give the same loss.
 
 from collections.abc import Callable
 
-from plain import dino, esvit, masked_distillation, udi, unic
+from plain import dino, esvit, masked_distillation, mugs, udi, unic
 
 FORWARD: dict[str, Callable] = {
     "dino": dino.forward,
@@ -17,4 +17,5 @@ FORWARD: dict[str, Callable] = {
     "udi": udi.forward,
     "unic": unic.forward,
     "esvit": esvit.forward,
+    "mugs": mugs.forward,
 }

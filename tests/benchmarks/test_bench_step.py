@@ -13,6 +13,7 @@ from training.options import parse_options
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 SMALL = "--arch vit_micro --patch_size 32 --batch 2 --steps 1 --device cpu"
 CROPS = "--out_dim 64 --local_crops_number 2"
+QUEUES = "--group_out_dim 64 --instance_queue_size 64 --local_group_queue_size 64"
 
 
 @pytest.fixture
@@ -23,8 +24,8 @@ def bench(monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_plain_formulation_of_a_method_gives_its_losses(bench, method, monkeypatch):
-    own = ["--patch_out_dim", "64"] if method in ("ibot", "attmask") else []
-    crops = [] if method == "unic" else CROPS.split()
+    own = {"mugs": QUEUES, **dict.fromkeys(("ibot", "attmask"), "--patch_out_dim 64")}.get(method, "").split()
+    crops = {"unic": [], "mugs": CROPS.split()[2:]}.get(method, CROPS.split())
     args = bench.get_bench_parser().parse_args(["--method", method, *SMALL.split(), *crops])
     monkeypatch.setattr(bench, "TEACHERS", ("vit_micro", "vit_micro"))
     assert set(bench.SETTINGS) == set(METHODS)
@@ -47,11 +48,11 @@ def test_the_batch_of_a_benchmark_is_what_the_loader_would_make(bench, method):
     args = parse_options(["--method", method, *([] if one else ["--local_crops_number", "1"]), "--augment", "fast"])
     views = METHODS[method].views(args)
     batch = bench.noise_batch(views, 2, torch.device("cpu"))
-    shapes = [(2, 3, 224, 224)] * 2 + [(2, 3, 96, 96)]
+    shapes = [(2, 3, 224, 224)] * (4 if method == "mugs" else 2) + [(2, 3, 96, 96)]
     assert [tuple(crop.shape) for crop in batch["crops"]] == (shapes[:1] if one else shapes)
     assert all(crop.dtype == torch.float32 and crop.abs().max() < 4 for crop in batch["crops"])
     sample = views(np.zeros((375, 500, 3), np.uint8), (0, 0, 0))
     for name, value in sample.items():  # masks and places depend on the key, not on the picture
-        if name != "crops":
+        if name not in ("crops", "erased"):
             first = torch.stack([part[0] for part in batch[name]]) if isinstance(value, list) else batch[name][0]
             assert torch.equal(first, torch.stack(value) if isinstance(value, list) else torch.as_tensor(value)), name

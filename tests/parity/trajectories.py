@@ -101,12 +101,16 @@ def build_run(p: dict, method: Method, folder: Path, labels: np.ndarray) -> Run:
     )
 
 
-def train(p: dict, method: Method, pieces: Iterator[dict], labels: np.ndarray | None = None) -> list[dict]:
-    """All epochs; returns the averages that each of them logged. ``labels``: of the images of all steps, in order."""
+def train(
+    p: dict, method: Method, pieces: Iterator[dict], labels: np.ndarray | None = None, epochs: int | None = None
+) -> list[dict]:
+    """All epochs, or the first ``epochs``; returns the averages that each of them logged. ``labels``: of the images of
+    all steps, in order.
+    """
     with tempfile.TemporaryDirectory() as folder:
         run = build_run(p, method, Path(folder), np.full(1, -1) if labels is None else labels)
         stats = []
-        for epoch in range(p["epochs"]):
+        for epoch in range(p["epochs"] if epochs is None else epochs):
             train_one_epoch(run, epoch, pieces)
             run.monitor.note(run.pseudo_labels.end_epoch())
             line = run.monitor.end_epoch(epoch, {})

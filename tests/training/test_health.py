@@ -43,6 +43,13 @@ def test_a_healthy_run_is_left_alone():
     assert diagnose(measures(torch.randn(2, 4, 128).mul(3).softmax(-1), 3.0)) == {}
 
 
+def test_a_contrast_that_tells_nothing_apart_and_a_memory_of_one_direction_are_named():
+    fine = {"instance_rank": 0.2, "local_group_rank": 0.3, "retrieved_spread": 0.6, "effective_rank": 9.0}
+    assert diagnose(fine) == {}
+    assert set(diagnose(fine | {"local_group_rank": 0.47})) == {"positives among negatives"}
+    assert set(diagnose(fine | {"retrieved_spread": 0.003})) == {"one neighbourhood"}
+
+
 def test_features_on_a_line_are_named():
     assert set(diagnose({"effective_rank": 1.01, "entropy_over_ln_k": 0.5, "loss_over_ln_k": 0.7})) == {"flat features"}
 

@@ -45,6 +45,13 @@ REGIONS = """
     aa aug_opt color_jitter cutmix cutmix_minmax mixup mixup_mode mixup_prob mixup_switch_prob num_mixup_views recount
     remode reprob smoothing train_interpolation use_dense_prediction use_mixup
 """
+CONTRASTED = f"""
+    {CROPS} color_aug ddpjob debug freeze_last_layer group_bottleneck_dim group_out_dim group_student_temp
+    group_teacher_temp group_warmup_teacher_temp group_warmup_teacher_temp_epochs instance_out_dim instance_queue_size
+    instance_temp local_group_advance_once local_group_knn_top_n local_group_out_dim local_group_queue_size
+    local_group_temp loss_weights momentum_teacher norm_before_pred norm_last_layer patch_embed_lr_mult prob rank
+    re_prob strong_ratio timm_auto_augment_par use_bn_in_head use_prefetcher vanilla_weak_augmentation world_size
+"""
 OPTIONS = {
     "dino": f"{CROPS} {TEACHER} out_dim use_bn_in_head",
     "ibot": f"{CROPS} {TEACHER} {MASKED}",
@@ -52,6 +59,7 @@ OPTIONS = {
     "udi": f"{CROPS} {TEACHER} {SAMPLED} out_dim use_bn_in_head",
     "unic": DISTILLED,
     "esvit": f"{CROPS} {TEACHER} {REGIONS} out_dim use_bn_in_head",
+    "mugs": CONTRASTED,
 }
 DEFAULTS_OF_DINO = {
     "arch": "vit_small",
@@ -186,6 +194,57 @@ DEFAULTS_OF_THE_ORIGINAL = {
         "dist_url": "env://",
         "optimizer": "adamw",
     },
+    "mugs": {
+        "arch": "vit_small",
+        "patch_size": 16,
+        "batch_size_per_gpu": 64,
+        "epochs": 100,
+        "warmup_epochs": 10,
+        "lr": 0.0008,
+        "min_lr": 1e-6,
+        "patch_embed_lr_mult": 0.2,
+        "optimizer": "adamw",
+        "weight_decay": 0.04,
+        "weight_decay_end": 0.2,
+        "clip_grad": 3.0,
+        "freeze_last_layer": 1,
+        "drop_path_rate": 0.1,
+        "momentum_teacher": 0.996,
+        "loss_weights": [1.0, 1.0, 1.0],
+        "use_bn_in_head": False,
+        "norm_before_pred": True,
+        **{f"{loss}_out_dim": 256 for loss in ("instance", "local_group")},
+        **{f"{loss}_queue_size": 65536 for loss in ("instance", "local_group")},
+        **{f"{loss}_temp": 0.2 for loss in ("instance", "local_group")},
+        "local_group_knn_top_n": 8,
+        "group_out_dim": 65536,
+        "group_bottleneck_dim": 256,
+        "norm_last_layer": True,
+        "group_student_temp": 0.1,
+        "group_warmup_teacher_temp": 0.04,
+        "group_teacher_temp": 0.04,
+        "group_warmup_teacher_temp_epochs": 0,
+        "global_crops_scale": (0.25, 1.0),
+        "global_crops_size": 224,
+        "local_crops_number": 10,
+        "local_crops_scale": (0.05, 0.25),
+        "local_crops_size": 96,
+        "timm_auto_augment_par": "rand-m9-mstd0.5-inc1",
+        "color_aug": False,
+        "strong_ratio": 0.45,
+        "re_prob": 0.25,
+        "vanilla_weak_augmentation": False,
+        "prob": 0.5,
+        "output_dir": "./exp/",
+        "saveckp_freq": 50,
+        "seed": 0,
+        "num_workers": 12,
+        "dist_url": "env://",
+        "use_prefetcher": True,
+        "debug": False,
+        "ddpjob": False,
+        "local_group_advance_once": False,
+    },
     "attmask": DEFAULTS_OF_IBOT
     | {
         "out_dim": 65536,
@@ -211,7 +270,7 @@ def test_the_list_of_options_is_the_one_that_was_decided(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_those_of_the_original(method):
     args = vars(parse_options(["--method", method]))
-    of_dino = {} if method == "unic" else DEFAULTS_OF_DINO  # of which all others began
+    of_dino = {} if method in ("unic", "mugs") else DEFAULTS_OF_DINO  # of which all others began
     expected = of_dino | DEFAULTS_OF_THE_ORIGINAL[method]
     assert {name: args[name] for name in expected} == expected
 
@@ -283,6 +342,33 @@ def test_defaults_are_those_of_the_original(method):
         ("--method udi --local_crops_size 90", "does not divide --local_crops_size 90; nearest 80 or 96"),
         ("--method attmask --pred_shape attmask_hint --show_max 0.5", r"at most the largest mask ratio \(0.3\)"),
         ("--method attmask --pred_shape attmask_hint --show_max -0.1", "--show_max -0.1: hints are shown"),
+        ("--method mugs --loss_weights 0 0 0", "--loss_weights 0 0 0: nothing would be learnt"),
+        ("--method mugs --loss_weights 1 -1 1", "--loss_weights 1 -1 1: must not be negative"),
+        ("--method mugs --loss_weights 1 nan 1", "--loss_weights 1 nan 1: must not be negative"),
+        ("--method mugs --loss_weights 1 1", "--loss_weights: expected 3 arguments"),
+        (
+            "--method mugs --local_group_queue_size 64 --local_group_knn_top_n 65",
+            "--local_group_knn_top_n 65: the memory",
+        ),
+        ("--method mugs --local_group_knn_top_n 0", "--local_group_knn_top_n 0: must be at least 1"),
+        ("--method mugs --instance_queue_size 63", "--instance_queue_size 63: a step writes 64 images"),
+        ("--method mugs --local_group_queue_size 63", "--local_group_queue_size 63: a step writes 64 images"),
+        ("--method mugs --size_crops 224", "--size_crops 224 --global_crops_size 224: they have to differ"),
+        ("--method mugs --timm_auto_augment_par augmix-m5", "augmix-m5: a policy starts with rand"),
+        ("--method mugs --timm_auto_augment_par rand-m9-q3", "rand-m9-q3: no part 'q3' is known"),
+        ("--method mugs --prob 1.5", "--prob 1.5: a probability, from 0 to 1"),
+        ("--method mugs --re_prob -0.1", "--re_prob -0.1: a probability, from 0 to 1"),
+        ("--method mugs --warmup_epochs 101", "--warmup_epochs 101 is longer than --epochs 100"),
+        (
+            "--method mugs --group_warmup_teacher_temp_epochs 101",
+            "--group_warmup_teacher_temp_epochs 101 is longer than --epochs 100",
+        ),
+        ("--method mugs --instance_temp 0", "--instance_temp 0.0: a temperature must be positive"),
+        ("--method mugs --group_out_dim 0", "--group_out_dim 0: must be at least 1"),
+        ("--method mugs --group_bottleneck_dim 0.5", "invalid int value: '0.5'"),
+        ("--method mugs --patch_embed_lr_mult -1", "--patch_embed_lr_mult -1.0: must not be negative"),
+        ("--method mugs --arch swin_tiny", "--arch swin_tiny: mugs reads class tokens and patches; pass a vit_"),
+        ("--method mugs --norm_before_pred maybe", "'maybe' is neither true nor false"),
         ("--drop_path_rate 1", "--drop_path_rate 1.0: must be in"),
         ("--teacher_temp 0", "--teacher_temp 0.0: a temperature must be positive"),
         ("--subset 0", "--subset 0"),
@@ -307,6 +393,12 @@ def test_what_cannot_work_is_refused_in_one_line(argv, message):
 
 def test_no_local_crops_is_a_valid_choice():
     check_options(parse_options(["--local_crops_number", "0", "--local_crops_size", "1"]), ALONE)
+    check_options(parse_options(["--method", "mugs", "--local_crops_number", "0", "--size_crops", "224"]), ALONE)
+
+
+def test_a_loss_of_no_weight_needs_no_queue():
+    argv = ["--method", "mugs", "--loss_weights", "0", "1", "0", "--instance_queue_size", "1"]
+    check_options(parse_options(argv), ALONE)
 
 
 def test_what_changes_no_number_may_change_when_a_run_is_continued():

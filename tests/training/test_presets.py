@@ -81,6 +81,20 @@ PUBLISHED = {  # the options of the commands in the originals' READMEs
     "--cfg experiments/imagenet/swin/swin_small_patch4_window14_224.yaml",
     "unic/unic": "--data_dir imagenet --output_dir . --seed 22",  # whose seed is a random number
 }
+MUGS_LONG = "--weight_decay_end 0.1 --group_teacher_temp 0.07 --group_warmup_teacher_temp_epochs"
+ON_NODES = "--ddpjob true --rank 1 --world_size 2 --debug false --use_prefetcher true"  # of a launcher, no number
+PUBLISHED |= {
+    "mugs/vit_small_ep100": "--arch vit_small --group_teacher_temp 0.04 --group_warmup_teacher_temp_epochs 0 "
+    "--weight_decay_end 0.2 --norm_last_layer false --epochs 100",
+    "mugs/vit_small_ep300": f"--arch vit_small {MUGS_LONG} 30 --norm_last_layer false --epochs 300 {ON_NODES}",
+    "mugs/vit_small_ep800": f"--arch vit_small {MUGS_LONG} 30 --norm_last_layer false --epochs 800 {ON_NODES}",
+    # whose commands leave out the batch that was used
+    "mugs/vit_base_ep400": f"--arch vit_base {MUGS_LONG} 50 --min_lr 2e-6 --freeze_last_layer 3 --epochs 400 "
+    f"--norm_last_layer false --batch_size_per_gpu 42 --size_crops 96 {ON_NODES}",
+    "mugs/vit_large_ep250": "--arch vit_large --lr 0.0015 --min_lr 1.5e-4 --weight_decay 0.025 --weight_decay_end 0.08 "
+    "--norm_last_layer true --group_teacher_temp 0.07 --group_warmup_teacher_temp_epochs 50 --freeze_last_layer 3 "
+    f"--drop_path_rate 0.3 --epochs 250 --batch_size_per_gpu 16 {ON_NODES}",
+}
 PUBLISHED["attmask/high_ep100_subset260"] = PUBLISHED["attmask/hint_ep100_subset260"].replace(
     HINT, "--pred_shape attmask_high"
 )
@@ -113,6 +127,10 @@ def test_a_preset_is_the_command_of_the_originals_readme(name):
         ("unic/unic", 1_281_167, 6e-4, 2502),
         ("esvit/swin_tiny_w7_regions", 1_281_167, 1e-3, 2502),
         ("esvit/cvt", 1_281_167, 2e-3, 1251),
+        ("mugs/vit_small_ep100", 1_281_167, 1.6e-3, 2502),
+        ("mugs/vit_small_ep800", 1_281_167, 3.2e-3, 1251),
+        ("mugs/vit_base_ep400", 1_281_167, 3.15e-3, 1270),  # the original repeats images to 1271
+        ("mugs/vit_large_ep250", 1_281_167, 3.75e-3, 2001),
     ],
 )
 def test_learning_rate_and_steps_of_a_preset_are_those_of_the_original(name, images, lr, steps):
