@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from data.decode import Reading
-from data.source import Source
+from data.source import PartOfSource, Source
 from utils import UsageError, escape, nearest
 
 SHOWN = 6  # classes where none is named
 
 
-class ChosenClasses(Source):
+class ChosenClasses(PartOfSource):
     """The first ``per_class`` images of every class in ``names``, class after class; labels count these names.
 
     Without names the first six classes are taken. A class with fewer images gives all it has. Raises UsageError for
@@ -40,12 +39,3 @@ class ChosenClasses(Source):
 
     def read_as(self, reading: Reading) -> "ChosenClasses":
         return ChosenClasses(self.source.read_as(reading), self.names, self.per_class)
-
-    def image_name(self, index: int) -> str:
-        return self.source.image_name(self.positions[index])
-
-    def array(self, index: int) -> np.ndarray:
-        return self.source.array(self.positions[index])
-
-    def pil(self, index: int) -> Image.Image:
-        return self.source.pil(self.positions[index])

@@ -12,7 +12,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data.bundled import BundledTiles
 from data.decode import BadImage, Reading
@@ -22,7 +21,7 @@ from data.listing import list_folder, list_zip, plain_splits, splits_below
 from data.lists import check_listed, list_file
 from data.published import Published, open_published
 from data.shards import holds_archives, holds_shards, is_archive, is_shard_list, list_shards
-from data.source import Source
+from data.source import PartOfSource, Source
 from data.splits import Splits, has_splits, split_word
 from data.suffixes import EXTENSIONS
 from utils import UsageError, escape, log
@@ -33,7 +32,7 @@ __all__ = ["EXTENSIONS", "BadImage", "Source", "open_source", "open_training"]
 ALL = -1  # --subset -1, as AttMask writes it
 
 
-class SubsetSource(Source):
+class SubsetSource(PartOfSource):
     """``per_class`` images of every class from its image ``start`` on, class after class.
 
     Nothing is drawn, so every use of the same numbers sees the same images (AttMask, section on subsets). A class that
@@ -58,15 +57,6 @@ class SubsetSource(Source):
 
     def read_as(self, reading: Reading) -> "SubsetSource":
         return SubsetSource(self.source.read_as(reading), self.per_class, self.start, self.fewer)
-
-    def image_name(self, index: int) -> str:
-        return self.source.image_name(self.positions[index])
-
-    def array(self, index: int) -> np.ndarray:
-        return self.source.array(self.positions[index])
-
-    def pil(self, index: int) -> Image.Image:
-        return self.source.pil(self.positions[index])
 
 
 SPLITS = ("train", "all")  # --split: what of a root that holds splits is trained on

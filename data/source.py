@@ -45,3 +45,19 @@ class Source:
     def pil(self, index: int) -> Image.Image:
         """The same image in Pillow's mode RGB, decoded by Pillow. Raises BadImage."""
         return Image.fromarray(self.array(index))
+
+
+class PartOfSource(Source):
+    """Some images of a ``source``, at these ``positions``; a subclass says which, and what they are called."""
+
+    source: Source
+    positions: np.ndarray
+
+    def image_name(self, index: int) -> str:
+        return self.source.image_name(self.positions[index])
+
+    def array(self, index: int) -> np.ndarray:
+        return self.source.array(self.positions[index])
+
+    def pil(self, index: int) -> Image.Image:
+        return self.source.pil(self.positions[index])

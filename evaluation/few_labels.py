@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from data.datasets import Source
 from data.decode import Reading, reading_from
 from data.index import refresh_indices
 from data.published import place_from
+from data.source import PartOfSource
 from evaluation.cache import FeatureStore, Preparation
 from evaluation.compared import compared
 from evaluation.confidence import interval_of
@@ -29,7 +29,7 @@ from evaluation.unreadable import leave_out, readable, refuse, remark
 from utils import UsageError, World, escape, log
 
 
-class ListedSource(Source):
+class ListedSource(PartOfSource):
     """Those images of a source whose file names a list has, in the order of the source; all of its classes stay."""
 
     def __init__(self, source: Source, names: frozenset[str], path: str):
@@ -56,15 +56,6 @@ class ListedSource(Source):
 
     def read_as(self, reading: Reading) -> "ListedSource":
         return ListedSource(self.source.read_as(reading), self.names, self.path)
-
-    def image_name(self, index: int) -> str:
-        return self.source.image_name(self.positions[index])
-
-    def array(self, index: int) -> np.ndarray:
-        return self.source.array(self.positions[index])
-
-    def pil(self, index: int) -> Image.Image:
-        return self.source.pil(self.positions[index])
 
 
 def listed(source: Source, path: str) -> Source:
