@@ -74,6 +74,7 @@ take "Tests" -m pytest -p no:cacheprovider -q tests/gpu
 for method in dino ibot attmask udi unic mugs; do
     take "A training step, $method" benchmarks/bench_step.py --method $method --batch 64 --steps 5 --device cuda
 done
+take "A training step, esvit" benchmarks/bench_step.py --method esvit --arch swin_tiny --batch 32 --steps 5 --device cuda
 take "A training step, deterministic" benchmarks/bench_step.py --method dino --batch 64 --steps 5 --device cuda --deterministic
 take "Decoding and augmentation" benchmarks/bench_data.py
 take "k-NN at the size of ImageNet" benchmarks/bench_knn.py --device cuda
