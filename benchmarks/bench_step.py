@@ -5,7 +5,8 @@
     python benchmarks/bench_step.py --method esvit --arch swin_tiny --batch 2          2 x 224 + 8 x 96, windows of 7
     python benchmarks/bench_step.py --batch 64 --device cuda
 
-Both sides run alternately in one process under the same settings of the allocator, and must give the same loss.
+Both sides run alternately in one process under the same settings of the allocator, and must give the same loss. On a
+processor its own seconds are counted.
 Memory is the peak of a fresh process per side. The floor is the time that the step's multiply-adds need at the rate of
 matrix products measured between the steps; work that stochastic depth drops is counted as if it were done.
 """
@@ -104,9 +105,12 @@ def noise_batch(views: Callable, images: int, device: torch.device) -> dict:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when everything that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    """Seconds, when everything that was asked of the device is done; of the processor those it worked for us, of all
+    threads, whatever else runs beside.
+    """
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 
