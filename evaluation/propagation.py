@@ -69,7 +69,7 @@ def stretch(soft: torch.Tensor) -> torch.Tensor:
 
 
 def hard_mask(soft: torch.Tensor, patch_size: int, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Soft labels (classes, rows, columns) -> indices uint8 of every pixel, (rows, columns) * patch_size or ``size``."""
+    """Soft labels (classes, rows, columns) -> indices uint8, (rows, columns) * patch_size pixels or ``size``."""
     pixels = F.interpolate(soft[None], scale_factor=patch_size, mode="bilinear", recompute_scale_factor=False)[0]
     mask = stretch(pixels).argmax(dim=0).to(torch.uint8).cpu().numpy()
     return mask if size is None else resized_indices(mask, size)
@@ -101,7 +101,7 @@ def propagate(features: Iterable[torch.Tensor], first: torch.Tensor, settings: S
     ``features``: of every frame, tokens row by row (rows * columns, dim), taken one after the other; ``first``: labels
     of the first frame (classes, rows, columns). Labels travel as they were computed, without being made hard.
     """
-    classes, rows, columns = first.shape
+    _, rows, columns = first.shape
     recent: deque = deque(maxlen=settings.n_last_frames)
     start = None
     for tokens in features:
@@ -123,13 +123,13 @@ def _labels(unit: torch.Tensor, context: list[tuple[torch.Tensor, torch.Tensor]]
     for begin in range(0, columns, BAND):
         targets = range(begin, min(begin + BAND, columns))
         sources = range(max(0, begin - reach), min(targets.stop + reach, columns))
-        near = neighbourhood(rows, targets, sources, settings.size_mask_neighborhood, unit.device)
+        near = neighbourhood(rows, targets, sources, settings.size_mask_neighborhood, unit.device).to(unit)
         looked_at = known[sources.start : sources.stop].flatten(0, 2)
-        cosines = unit[begin : targets.stop].flatten(0, 1) @ looked_at.T  # (targets, sources)
-        affinity = cosines.div_(TEMPERATURE).exp_().view(*near.shape[:3], len(context), rows)
-        affinity = affinity.mul_(near[..., None, :]).flatten(2).flatten(0, 1)
+        sharpened = unit[begin : targets.stop].flatten(0, 1) / TEMPERATURE
+        affinity = (sharpened @ looked_at.T).exp_()  # (targets, sources)
+        affinity.view(*near.shape[:3], len(context), rows).mul_(near[..., None, :])
         least = affinity.topk(min(settings.topk, affinity.shape[1]), dim=1).values[:, -1:]
-        kept = affinity.mul_(affinity >= least)  # those that equal the last one stay, too
+        kept = affinity.masked_fill_(affinity < least, 0)  # those that equal the last one stay, too
         mixed = kept @ labels[sources.start : sources.stop].flatten(0, 2) / kept.sum(dim=1, keepdim=True)
         found.append(mixed.view(len(targets), rows, -1))
     return torch.cat(found)

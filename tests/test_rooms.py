@@ -20,6 +20,7 @@ ROOMS = {  # what the files of a room may import of ours, beside their own room
     "eval_finetuning": {"evaluation", "models", "data"} | BENEATH,
     "eval_semi_supervised": {"evaluation", "models", "data"} | BENEATH,
     "eval_transfer": {"evaluation", "models", "data"} | BENEATH,
+    "eval_video": {"evaluation", "models", "data"} | BENEATH,
 }
 
 
