@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import shlex
 import sys
@@ -24,6 +25,7 @@ from types import ModuleType
 
 from data.bundled import BundledTiles
 from evaluation.features import Feature
+from evaluation.network import parse_network_args
 from evaluation.report import Report, Row, read_log, scores, write_report
 from lock import hold
 from models.reading import Info, read_backbone
@@ -146,7 +148,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
         for checkpoint in files:
             words = [*extra.get(name, ()), *_common_words(args, module, checkpoint, extra.get(name, ()))]
             try:
-                options = module.get_args_parser().parse_args(words)
+                options = parse_network_args(module.get_args_parser(), words)
             except UsageError as error:
                 raise UsageError(f"--with {name}: {error}") from None
             data = hash_of_data(getattr(options, "data_path", None) or getattr(options, "image_path", None))
@@ -160,22 +162,22 @@ def jobs(args: argparse.Namespace) -> list[Job]:
 
 def _common_words(args: argparse.Namespace, module: ModuleType, checkpoint: Checkpoint, own: list[str]) -> list[str]:
     known = module.get_args_parser()._option_string_actions
-    words = ["--pretrained_weights", str(checkpoint.path), "--checkpoint_key", args.checkpoint_key]
+    words = ["--pretrained_weights" if "--pretrained_weights" in known else "--finetune", str(checkpoint.path)]
+    words += ["--checkpoint_key", args.checkpoint_key] if "--checkpoint_key" in known else []
     words += ["--device", args.device]
     if (
         "--feature_cache" in known and "--feature_cache" not in own
     ):  # what one protocol extracted is there for the others
         words += ["--feature_cache", str(Path(args.output_dir) / "features")]
-    if args.data_path is not None and "--eval_data_path" in known and "--data_path" not in own:
-        words += ["--data_path", args.data_path]
-    if args.data_path is not None and module.__name__ == "visualize_tsne" and "--data_path" not in own:
+    reads_it = "--subset" in known or module.__name__ == "visualize_tsne"  # train and test images, or classes of them
+    if args.data_path is not None and reads_it and "--data_path" not in own:
         words += ["--data_path", args.data_path]
     return words
 
 
 def _without_places(words: list[str]) -> list[str]:
     """Options but for where files lie: their contents count."""
-    places = {"--pretrained_weights", "--data_path", "--device", "--feature_cache"}
+    places = {"--pretrained_weights", "--finetune", "--data_path", "--device", "--feature_cache"}
     return [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & places]
 
 
@@ -301,19 +303,25 @@ def pictures_of(job: Job) -> list[tuple[str, Path]]:
     return [(name if f.parent == job.folder else f"{name}: {f.parent.name}", f) for f in files]
 
 
+def beside_each_other(lists: list[list]) -> list:
+    """The first of all lists, then the second of all, and so on: the same image of every checkpoint in a row."""
+    return [item for row in itertools.zip_longest(*lists) for item in row if item is not None]
+
+
 def main() -> None:
     args = get_args_parser().parse_args()
     check_writable(Path(args.output_dir))
     todo = jobs(args)
     world = init_world(args.device)
-    folder, report = Path(args.output_dir), Report()
+    folder, report, drawn = Path(args.output_dir), Report(), {}
     logs = {job.checkpoint.name: read_log(job.checkpoint.path.parent / "log.txt") for job in todo}
     report.curves = {name: lines for name, lines in logs.items() if lines}
     with hold(folder, world):
         for job in todo:
             report.rows += finish(job, world)
             if job.protocol in PICTURES:
-                report.pictures.setdefault(PICTURES[job.protocol], []).extend(pictures_of(job))
+                drawn.setdefault(PICTURES[job.protocol], []).append(pictures_of(job))
+                report.pictures = {heading: beside_each_other(lists) for heading, lists in drawn.items()}
             if world.rank == 0:
                 write_report(report, folder)
         log.info(f"written to {escape(folder)}: report.html, table.csv")

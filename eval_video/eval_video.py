@@ -8,7 +8,7 @@ Labels of the first frame are carried on by the likeness of patch tokens; nothin
 """
 
 from data.decode import add_reading_arguments
-from evaluation.network import add_network_arguments, add_process_arguments
+from evaluation.network import add_network_arguments, add_process_arguments, parse_network_args
 from evaluation.propagation import Settings
 from evaluation.video_run import check_options, evaluate
 from utils import Parser, init_world, keep_large_blocks, run_cli
@@ -38,7 +38,7 @@ def get_args_parser() -> Parser:
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_network_args(get_args_parser())
     check_options(args)
     keep_large_blocks()
     evaluate(args, init_world(args.device, args.dist_url, args.backend))

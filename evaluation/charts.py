@@ -28,6 +28,10 @@ def number(value: float) -> str:
     return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e")
 
 
+def signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "\u2212")
+
+
 def _span(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     if low == high:
@@ -102,7 +106,7 @@ def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[tuple[int, float]
             )
             side, at = ("start", end + 6) if value >= 0 else ("end", begin - 6)
             parts.append(
-                f'<text class="tick" x="{at:.1f}" y="{top + BAR - 4}" text-anchor="{side}">{value:+.1f}{unit}</text>'
+                f'<text class="tick" x="{at:.1f}" y="{top + BAR - 4}" text-anchor="{side}">{signed(value)}{unit}</text>'
             )
             top += BAR + 3
         top += BAR_GAP + 4

@@ -1,11 +1,15 @@
 """Evaluations without training images: their options, and counts that have to be the published ones."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from data.datasets import testing_path
 from data.decode import add_reading_arguments
+from data.source import Source
+from evaluation.unreadable import Unreadable, leave_out, readable, refuse
 from utils import UsageError, check_writable, log
 
 
@@ -36,6 +40,22 @@ def check_count(args: argparse.Namespace, what: str, found: int, published: int)
     if not args.partial:
         raise UsageError(f"{said}; complete them, or pass --partial for numbers that compare with no others")
     log.warning(f"warning: {said}; numbers of such a part compare with no published ones")
+
+
+def test_place(data_path: str) -> str:
+    """Where the test images of ``data_path`` are, a root with or without training images, or these images alone."""
+    place = testing_path(data_path)
+    alone = [name for name in ("val", "test") if (Path(data_path) / name).is_dir()]
+    return str(Path(data_path) / alone[0]) if place == data_path and alone else place
+
+
+def settled(source: Source, unreadable: Sequence[Unreadable], skip: bool) -> torch.Tensor:
+    """Indices of the images that could be read; the others are refused, or with ``skip`` named and left out."""
+    named = [Unreadable(image.index, source.image_name(image.index), image.reason) for image in unreadable]
+    if not skip:
+        refuse(source, named)
+    leave_out(source, named)
+    return readable(len(source), named)
 
 
 def check_finite(label: str, features: torch.Tensor) -> torch.Tensor:

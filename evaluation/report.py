@@ -27,6 +27,11 @@ USUAL_K = 20  # neighbours that k-NN is quoted with
 PICTURE_BYTES = 6_000_000  # of all pictures of a page together; base64 makes a third more of them
 SIDES = (1100, 800, 560, 400)  # of a picture, the largest that leaves room for the others
 QUALITY = 84
+NOTE = (
+    "Scores in percent; of several on the same images the best is bold. Published is what the row of the run's preset "
+    "reached, on ImageNet-1k where it does not say otherwise. Weights and data: the first characters of a hash; "
+    "table.csv has all of it."
+)
 CURVES = 8  # charts of log.txt, at most
 
 
@@ -62,13 +67,18 @@ class Report:
 def scores(protocol: str, numbers: Mapping) -> list[tuple[str, float, bool]]:
     """(protocol, score in percent, whether it is the one that is quoted) of what an evaluation wrote.
 
-    A number of neighbours each is a result; else the first of HEADLINES is, or the first number there is.
+    A number of neighbours each is a result, and so is a data set of several; else the first of HEADLINES is, or the
+    first number there is.
     """
     neighbours = [(int(k), row["top1"]) for k, row in numbers.items() if k.isdecimal() and isinstance(row, Mapping)]
     if neighbours:
         counts = [k for k, _ in neighbours]
         quoted = USUAL_K if USUAL_K in counts else counts[0]
         return [(f"{protocol}, k = {k}", float(value), k == quoted) for k, value in neighbours]
+    if isinstance(numbers.get("sets"), Mapping):
+        found = [(f"{protocol}, {name}", float(row["top1"]), False) for name, row in numbers["sets"].items()]
+        mean = numbers.get("mean_accuracy")
+        return found + ([] if mean is None else [(f"{protocol}, mean of the sets", float(mean), True)])
     flat = dict(_leaves(numbers))
     name = next((name for name in HEADLINES if name in flat), next(iter(flat), None))
     if name is None:
@@ -213,7 +223,7 @@ def table_of_results(rows: Sequence[Row], names: Sequence[str]) -> str:
     """A row for every result, protocol by protocol; the best of several on the same images is bold."""
     if not rows:
         return ""
-    columns = ("checkpoint", "method", "preset", "epoch", "tokens", "score", "published", "weights", "data")
+    columns = ("checkpoint", "score", "published", "method", "preset", "epoch", "tokens", "weights", "data")
     head = "".join(f'<th class="{_align(column)}">{column}</th>' for column in columns)
     parts = []
     for protocol in dict.fromkeys(row.protocol for row in rows):
@@ -226,7 +236,8 @@ def table_of_results(rows: Sequence[Row], names: Sequence[str]) -> str:
             best = row.score is not None and len(rivals) > 1 and row.score == max(rivals)
             parts.append(_table_row(row, names.index(row.checkpoint), best, len(columns)))
         parts.append("</tbody>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>{"".join(parts)}</table></div>'
+    body = f'<div class="scroll"><table><thead><tr>{head}</tr></thead>{"".join(parts)}</table></div>'
+    return body + f'<p class="note">{NOTE}</p>'
 
 
 def _table_row(row: Row, number: int, best: bool, columns: int) -> str:
@@ -235,12 +246,12 @@ def _table_row(row: Row, number: int, best: bool, columns: int) -> str:
         return f'<tr>{name}<td class="error" colspan="{columns - 1}">{_text(row.error)}</td></tr>'
     score = f"{row.score:.2f}" if row.score is not None else ""
     cells = [
+        ("score", f"<strong>{score}</strong>" if best else score),
+        ("published", _text(row.published)),
         ("method", _text(row.method)),
         ("preset", _text(row.preset)),
         ("epoch", "" if row.epoch is None else str(row.epoch)),
         ("tokens", _text(row.tokens)),
-        ("score", f"<strong>{score}</strong>" if best else score),
-        ("published", _text(row.published)),
         ("weights", f"<code>{_text(row.weights[:8])}</code>"),
         ("data", f"<code>{_text(row.data[:8])}</code>"),
     ]
@@ -308,6 +319,7 @@ tbody tr:not(.group):hover td { background: color-mix(in srgb, var(--accent) 7%,
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.tokens { min-width: 170px; color: var(--soft); }
 code { font: 12px/1.4 ui-monospace, "SF Mono", Menlo, Consolas, monospace; color: var(--soft); }
+.note { margin: 12px 0 0; color: var(--soft); font-size: 13px; }
 .error { color: #c0392b; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 22px; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(480px, 100%), 1fr)); gap: 22px; }
@@ -316,6 +328,7 @@ figcaption { margin-bottom: 6px; color: var(--soft); font-size: 13px; overflow-w
 img { display: block; width: 100%; height: auto; border: 1px solid var(--line); border-radius: 8px; background: #fff; }
 .pictures figcaption { margin: 6px 0 0; }
 svg { display: block; width: 100%; height: auto; }
+.wide { overflow-x: auto; } .wide svg { min-width: 640px; }
 .grid { stroke: var(--line); } .axis { stroke: var(--soft); }
 .tick { font-size: 11px; fill: var(--soft); } .name { font-size: 13px; fill: var(--ink); }
 @media print { body { background: #fff; } section { border: 0; padding: 0; } figure, tr { break-inside: avoid; }

@@ -124,22 +124,29 @@ def test_what_fails_is_said_and_the_rest_goes_on(scripts, tmp_path):
     assert not [row for row in rows_of(tmp_path) if row["error"]]
 
 
-def test_two_processes_report_what_one_does(scripts, tmp_path):
+def test_two_processes_write_what_one_does(scripts, tmp_path):
+    """Every mask of every video, too: they are shared out."""
     run_of(tmp_path / "ours", 1)
     whole = words(tmp_path, "knn", "video", "attention")
+    shutil.rmtree(tmp_path / "DAVIS")
+    davis(tmp_path / "DAVIS", frames=4)
+    written = lambda: {  # noqa: E731
+        str(path.relative_to(tmp_path)): path.read_bytes()
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file() and "features" not in path.parts
+    }
     scripts.run(evaluate.main, *whole)
-    one = [(tmp_path / "out" / name).read_text() for name in ("table.csv", "report.html")]
+    one = written()
+    assert len([name for name in one if "/clip-" in name]) == 3 * (4 + 1)
     shutil.rmtree(tmp_path / "out")
     finish(start(2, [str(ROOT / "evaluate.py"), *map(str, whole)], **dict.fromkeys(SMALL)))
-    assert [(tmp_path / "out" / name).read_text() for name in ("table.csv", "report.html")] == one
+    assert written() == one
 
 
 def test_bad_input_ends_in_one_line_before_anything_is_computed(scripts, tmp_path):
     path = run_of(tmp_path / "ours", 1)
     refused = lambda *more: scripts.refused(evaluate.main, *more, "--output_dir", tmp_path / "out")  # noqa: E731
-    assert "--protocols kn: there are finetuning, knn, linear, video" in refused(
-        "--checkpoints", path, "--protocols", "kn"
-    )
+    assert "--protocols kn: there are finetuning, knn, linear, " in refused("--checkpoints", path, "--protocols", "kn")
     one = ("--checkpoints", path)
     assert "did you mean --nb_knn?" in refused(*one, "--with", "knn", "--nb_kn 3")
     assert "--with knn 'x: No closing quotation" in refused(*one, "--with", "knn", "'x")

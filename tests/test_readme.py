@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import evaluate
 import visualize_attention
 import visualize_neighbours
 import visualize_relative
@@ -15,6 +16,7 @@ from eval_finetuning import extract_backbone_weights_for_finetuning as extract
 from eval_knn import eval_knn
 from eval_linear import eval_linear
 from eval_semi_supervised import eval_semi_supervised as few_labels
+from eval_video import eval_video
 from eval_zero_shot import eval_zero_shot
 from evaluation.finetune_options import get_args_parser as finetune_parser
 from evaluation.finetune_options import get_deit_parser as deit_parser
@@ -24,7 +26,8 @@ from training.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATIONS = [
-    f"eval_{name}/README.md" for name in ("finetuning", "knn", "linear", "semi_supervised", "transfer", "zero_shot")
+    f"eval_{name}/README.md"
+    for name in ("finetuning", "knn", "linear", "semi_supervised", "transfer", "video", "zero_shot")
 ]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", *EVALUATIONS, "benchmarks/RESULTS.md")]
 DOCUMENTS += sorted((ROOT / "configs").glob("*/README.md"))
@@ -61,6 +64,8 @@ def test_a_documented_command_parses(document, command):
             extract.get_args_parser().parse_args(argv)
         ),
         "eval_zero_shot/eval_zero_shot.py": lambda argv: eval_zero_shot.get_args_parser().parse_args(argv),
+        "eval_video/eval_video.py": lambda argv: parse_network_args(eval_video.get_args_parser(), argv),
+        "evaluate.py": lambda argv: evaluate.get_args_parser().parse_args(argv),
         "visualize_relative.py": lambda argv: visualize_relative.get_args_parser().parse_args(argv),
         "eval_semi_supervised/eval_semi_supervised.py": lambda argv: few_labels.get_args_parser().parse_args(argv),
         "eval_semi_supervised/eval_semi_supervised_finetuning.py": lambda argv: deit_parser("").parse_args(argv),

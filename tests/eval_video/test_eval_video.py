@@ -1,6 +1,5 @@
-"""Video segmentation as a script, on clips whose masks are exact."""
+"""Video segmentation as a script, on clips whose masks are exact. On two processes: tests/test_evaluate.py."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from data.davis import palette, read_mask
 from eval_video.eval_video import main
 from evaluation.video_scores import score_frame, summarise
 from tests.clips import davis
-from tests.launch import ROOT, SMALL, finish, start
 from tests.scripts import Scripts, micro
 
 
@@ -66,16 +64,6 @@ def test_a_run_that_was_stopped_follows_what_is_missing_and_no_other_run_goes_on
     assert files(tmp_path / "out") == whole and (tmp_path / "out/clip-0/00003.png").stat().st_mtime_ns == kept
     error = scripts.refused(main, *options(tmp_path, "--topk", 3))
     assert "belongs to another run (topk: 5 there, 3 here)" in error and files(tmp_path / "out") == whole
-
-
-def test_two_processes_write_what_one_does(scripts, tmp_path):
-    davis(tmp_path / "DAVIS")
-    scripts.run(main, *options(tmp_path))
-    one = files(tmp_path / "out")
-    shutil.rmtree(tmp_path / "out")
-    script = [str(ROOT / "eval_video" / "eval_video.py"), *map(str, options(tmp_path))]
-    finish(start(2, script, **dict.fromkeys(SMALL)))
-    assert files(tmp_path / "out") == one
 
 
 def test_a_video_without_every_true_mask_is_followed_and_not_scored(scripts, tmp_path):
