@@ -211,7 +211,7 @@ def command_line(words: list[str]) -> Iterator[None]:
 
 
 def finish(job: Job, world: World) -> list[Row]:
-    """The rows of a job, from an earlier start if they are there; a UsageError of its script becomes a row."""
+    """The rows of a job, from an earlier start if they are there. Of a process alone a UsageError becomes a row."""
     said = f"{job.protocol} of {escape(job.checkpoint.name)}"
     if (rows := _rows_there(job)) is not None:
         log.info(f"== {said}: done before")
@@ -221,6 +221,8 @@ def finish(job: Job, world: World) -> list[Row]:
         with command_line([job.script.__name__, *job.words]):
             job.script.main()
     except UsageError as error:
+        if world.size > 1:  # it may be of one process alone, and the others wait for it
+            raise
         log.error(f"{said}: {error}")
         return [_row(job, job.protocol, None, error=str(error))]
     barrier()

@@ -27,7 +27,17 @@ from evaluation.run import refuse_another_run
 from evaluation.video_scores import VOID, score_frame, summarise
 from lock import hold
 from models.checkpoints import Network, weights_hash
-from utils import UsageError, World, barrier, check_writable, escape, log, make_folder, save_atomically
+from utils import (
+    UsageError,
+    World,
+    all_gather_objects,
+    barrier,
+    check_writable,
+    escape,
+    log,
+    make_folder,
+    save_atomically,
+)
 
 TOKENS = "patch tokens of the last block"
 SCORES = "scores.json"  # in a video's folder, written last: what is there is complete
@@ -56,16 +66,21 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
         for name, ours in runs.items():
             finished(folder / name / SCORES, ours)  # of another run: refused before anything is computed
         barrier()
-        for number, video in list(enumerate(videos, 1))[world.rank :: world.size]:
-            path = folder / video.name / SCORES
-            objects, there = finished(path, runs[video.name]), path.exists()
-            if objects is None:
-                objects = follow(network, video, path.parent, args, world)
-                save_scores(path, runs[video.name], objects)
-            said = f"J&F {summarise(objects)['J&F-Mean']:.1f}" if objects else "not scored"
-            said += ", from an earlier start" * there
-            log.info(f"{number} of {len(videos)}: {escape(video.name)}: {len(video.frames)} frames, {said}")
-        barrier()
+        failures = []
+        try:
+            for number, video in list(enumerate(videos, 1))[world.rank :: world.size]:
+                path = folder / video.name / SCORES
+                objects, there = finished(path, runs[video.name]), path.exists()
+                if objects is None:
+                    objects = follow(network, video, path.parent, args, world)
+                    save_scores(path, runs[video.name], objects)
+                said = f"J&F {summarise(objects)['J&F-Mean']:.1f}" if objects else "not scored"
+                said += ", from an earlier start" * there
+                log.info(f"{number} of {len(videos)}: {escape(video.name)}: {len(video.frames)} frames, {said}")
+        except UsageError as error:
+            failures.append(str(error))
+        for failure in (text for part in all_gather_objects(failures) for text in part):
+            raise UsageError(failure)  # on all processes, so that none waits for another
         if world.rank == 0:
             report(args, network, videos, {v.name: finished(folder / v.name / SCORES) for v in videos}, run)
 
