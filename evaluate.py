@@ -119,7 +119,8 @@ def checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
     found: dict[str, Checkpoint] = {}
     for text in args.checkpoints:
         name, equals, place = text.partition("=")
-        name, path = (name, Path(place)) if equals else (_name_of(Path(text)), Path(text))
+        is_path = not equals or Path(text).exists()
+        name, path = (_name_of(Path(text)), Path(text)) if is_path else (name, Path(place))
         if not name or name in found:
             raise UsageError(f"--checkpoints {escape(text)}: a name twice, or none; write NAME={escape(path)}")
         _, info = read_backbone(path, args.checkpoint_key)

@@ -5,8 +5,9 @@
 
 The originals' form names the neighbours of a video's tokens in four nested loops, compares every token of a frame with
 all of the context, normalises the context anew for every frame, and searches along the columns. Both sides run in one
-process, a frame of each in turn; times are the process's own, so that other load on the machine does not count. The
-masks of both have to be the same, soft labels up to rounding.
+process, a frame of each in turn; times are the process's own, so that other load on the machine does not count. Labels
+have to be the same, but for the few tokens of which two neighbours are equally like up to rounding; what these take is
+carried on.
 """
 
 import time
@@ -17,7 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from evaluation.propagation import TEMPERATURE, Settings, one_hot_labels, propagate
-from utils import Parser, run_cli
+from utils import Parser, UsageError, run_cli
+
+SAME, ROUNDED = 1e-3, 0.01  # of soft labels; and the share of a frame's tokens that may have other ones
 
 
 def plain_neighbours(rows: int, columns: int, radius: int) -> torch.Tensor:
@@ -79,13 +82,17 @@ def main() -> None:
         "ours": propagate(iter(features), first, settings),
     }
     times: dict[str, list[float]] = {name: [] for name in sides}
+    differing = 0.0
     for number in range(1, args.frames):
         found = {}
         for name, frames in sides.items():
             began = time.process_time()
             found[name] = next(frames)
             times[name].append(time.process_time() - began)
-        torch.testing.assert_close(found["ours"], found["plain"], rtol=1e-3, atol=1e-4, msg=f"frame {number} differs")
+        other = ((found["ours"] - found["plain"]).abs() > SAME).any(dim=0).double().mean().item()
+        if other > ROUNDED:
+            raise UsageError(f"frame {number}: {other:.1%} of the tokens have other labels on the two sides")
+        differing = max(differing, other)
     print(
         f"{args.frames} frames of {args.rows} x {args.columns} tokens, {args.dim} wide, {args.classes} classes, "
         f"{settings}, float32, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -96,7 +103,10 @@ def main() -> None:
             f"{name:<6}{sum(spent):9.2f} s, first frame {spent[0]:7.2f} s, later ones {1000 * later[name]:8.1f} ms each"
         )
     total, each = sum(times["plain"]) / sum(times["ours"]), later["plain"] / later["ours"]
-    print(f"ours takes 1/{total:.1f} of the time of the clip, 1/{each:.1f} of that of a later frame")
+    print(
+        f"ours takes 1/{total:.1f} of the time of the clip, 1/{each:.1f} of that of a later frame; "
+        f"at most {differing:.2%} of a frame's tokens have other labels"
+    )
 
 
 if __name__ == "__main__":

@@ -220,17 +220,16 @@ def page(report: Report) -> str:
 
 
 def table_of_results(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """A row for every result, protocol by protocol; the best of several on the same images is bold."""
+    """A row for every result, by protocol and feature; the best of several on the same images is bold."""
     if not rows:
         return ""
-    columns = ("checkpoint", "score", "published", "method", "preset", "epoch", "tokens", "weights", "data")
+    columns = ("checkpoint", "score", "published", "method", "preset", "epoch", "weights", "data")
     head = "".join(f'<th class="{_align(column)}">{column}</th>' for column in columns)
     parts = []
-    for protocol in dict.fromkeys(row.protocol for row in rows):
-        group = [row for row in rows if row.protocol == protocol]
-        parts.append(
-            f'<tbody><tr class="group"><th colspan="{len(columns)}" scope="rowgroup">{_text(protocol)}</th></tr>'
-        )
+    for protocol, tokens in dict.fromkeys((row.protocol, row.tokens) for row in rows):
+        group = [row for row in rows if (row.protocol, row.tokens) == (protocol, tokens)]
+        title = f'{_text(protocol)}<span class="tokens">{_text(tokens)}</span>'
+        parts.append(f'<tbody><tr class="group"><th colspan="{len(columns)}" scope="rowgroup">{title}</th></tr>')
         for row in group:
             rivals = [r.score for r in group if r.data == row.data and r.score is not None]
             best = row.score is not None and len(rivals) > 1 and row.score == max(rivals)
@@ -251,7 +250,6 @@ def _table_row(row: Row, number: int, best: bool, columns: int) -> str:
         ("method", _text(row.method)),
         ("preset", _text(row.preset)),
         ("epoch", "" if row.epoch is None else str(row.epoch)),
-        ("tokens", _text(row.tokens)),
         ("weights", f"<code>{_text(row.weights[:8])}</code>"),
         ("data", f"<code>{_text(row.data[:8])}</code>"),
     ]
@@ -259,7 +257,7 @@ def _table_row(row: Row, number: int, best: bool, columns: int) -> str:
 
 
 def _align(column: str) -> str:
-    return "number" if column in ("epoch", "score", "published") else column
+    return "number" if column in ("epoch", "score") else column
 
 
 def gallery(pictures: Sequence[tuple[str, Path]], most: int) -> str:
@@ -317,7 +315,9 @@ thead th { color: var(--soft); font-weight: 550; white-space: nowrap; }
 .group th { padding-top: 18px; font-weight: 620; border-bottom-color: var(--soft); }
 tbody tr:not(.group):hover td { background: color-mix(in srgb, var(--accent) 7%, transparent); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.tokens { min-width: 170px; color: var(--soft); }
+td.published, th.published { text-align: right; font-variant-numeric: tabular-nums; }
+td.published { min-width: 150px; }
+.tokens { margin-left: 12px; color: var(--soft); font-weight: 400; }
 code { font: 12px/1.4 ui-monospace, "SF Mono", Menlo, Consolas, monospace; color: var(--soft); }
 .note { margin: 12px 0 0; color: var(--soft); font-size: 13px; }
 .error { color: #c0392b; }

@@ -153,6 +153,8 @@ def test_bad_input_ends_in_one_line_before_anything_is_computed(scripts, tmp_pat
     assert "--with video: not among --protocols knn" in refused(*one, "--with", "video", "")
     assert "--data_path" in refused(*one, "--data_path", tmp_path / "gone")
     assert "a name twice, or none" in refused("--checkpoints", f"a={path}", f"a={path}")
+    twice = shutil.copy(path, tmp_path / "a=b.pth")  # a file of such a name is no file b.pth that is to be called a
+    assert "a name twice" in refused("--checkpoints", twice, twice)
     assert "gone.pth" in refused("--checkpoints", tmp_path / "gone.pth")
     assert "required" in refused(*one, "--protocols", "video")
     assert not (tmp_path / "out").exists()
