@@ -1,9 +1,11 @@
 """Video segmentation as a script, on clips whose masks are exact. On two processes: tests/test_evaluate.py."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data.davis import palette, read_mask
@@ -118,4 +120,10 @@ def test_bad_input_ends_in_one_line(scripts, tmp_path):
     listed.write_text("clip-0\n")
     words = options(tmp_path, "--arch", "resnet18")[2:]
     assert "a video wants patch tokens; use one of our vision transformers" in scripts.refused(main, *words)
+    shutil.rmtree(root)
+    davis(root, videos=1, frames=3)
+    damaged = torch.load(tmp_path / "micro.pth")
+    damaged["teacher"]["backbone.patch_embed.proj.weight"].fill_(3e38)
+    torch.save(damaged, tmp_path / "micro.pth")
+    assert "features that are not finite numbers" in refused()
     assert not list((tmp_path / "out").rglob("scores.json"))
