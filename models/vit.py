@@ -82,6 +82,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, num_class_tokens, embed_dim))
         num_patches = (img_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.zeros(1, num_class_tokens + num_patches, embed_dim))
+        self.grid: tuple[int, int] | None = None  # of ``pos_embed`` where it is no square (models/dense.py)
         self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None
         self.masked_embed = nn.Parameter(torch.zeros(1, embed_dim)) if masked_im_modeling else None
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
@@ -118,10 +119,14 @@ class VisionTransformer(nn.Module):
 
     def position_embedding(self, height: int, width: int) -> torch.Tensor:
         """Positions for an image of ``height`` x ``width`` pixels: (1, class tokens + patches, dim)."""
-        return self.resample_positions(self.pos_embed, height, width)
+        return self.resample_positions(self.pos_embed, height, width, self.grid)
 
-    def resample_positions(self, positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def resample_positions(
+        self, positions: torch.Tensor, height: int, width: int, grid: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """``positions`` (1, class tokens + patches of a square, dim) as this network has them for another image.
+
+        ``grid``: rows and columns of the patches, where they are no square.
 
         parity: bicubic by *scale factor* with 0.1 added to the patch counts; an explicit target size samples other
         points and breaks published weights (DINO vision_transformer.py). Networks with registers are DINOv2's, and
@@ -130,9 +135,9 @@ class VisionTransformer(nn.Module):
         classes = self.num_class_tokens
         num_patches = positions.shape[1] - classes
         size = height // self.patch_size, width // self.patch_size
-        if size[0] * size[1] == num_patches and height == width:
+        if size == grid or (grid is None and size[0] * size[1] == num_patches and height == width):
             return positions
-        matrix = self._resampling_matrix(round(num_patches**0.5), size)
+        matrix = self._resampling_matrix(grid or (round(num_patches**0.5),) * 2, size)
         with torch.autocast(positions.device.type, enabled=False):
             patches = matrix @ positions[0, classes:]
         return torch.cat((positions[:, :classes], patches[None]), dim=1)
@@ -143,11 +148,11 @@ class VisionTransformer(nn.Module):
         side = self.patch_size * round((self.pos_embed.shape[1] - self.num_class_tokens) ** 0.5)
         return self.resample_positions(positions.to(self.pos_embed), side, side)
 
-    def _resampling_matrix(self, side: int, size: tuple[int, int]) -> torch.Tensor:
+    def _resampling_matrix(self, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
         """``resampling_matrix`` on the device, made once for every size."""
-        key = (side, size, self.pos_embed.dtype, self.pos_embed.device)
+        key = (grid, size, self.pos_embed.dtype, self.pos_embed.device)
         if key not in self._resampling:
-            matrix = resampling_matrix(side, size, exact=self.num_registers > 0)
+            matrix = resampling_matrix(grid, size, exact=self.num_registers > 0)
             self._resampling[key] = to_device(matrix, self.pos_embed.device, self.pos_embed.dtype)
         return self._resampling[key]
 
@@ -318,6 +323,21 @@ class VisionTransformer(nn.Module):
         outputs = deque(self._each_block(tokens.flatten(0, 1), [tokens.shape[:2]]), maxlen=n)
         return [(self.norm(x) if norm else x).view_as(tokens) for x in outputs]
 
+    def patch_maps(
+        self, images: torch.Tensor, blocks: Sequence[int], norm: bool = True, draws: Draws | None = None
+    ) -> list[torch.Tensor]:
+        """Patches after each of ``blocks`` (from 0 on, ascending) as maps (batch, dim, rows, columns).
+
+        Each through the final norm or (``norm``) not; nothing is computed of later blocks. ``draws`` as
+        ``forward_blocks``.
+        """
+        tokens = self.prepare_tokens(images)
+        rows, columns = (side // self.patch_size for side in images.shape[-2:])
+        each = self._each_block(tokens.flatten(0, 1), [tokens.shape[:2]], draws)
+        outputs = [x for index, x in zip(range(max(blocks) + 1), each, strict=False) if index in set(blocks)]
+        maps = [(self.norm(x) if norm else x).view_as(tokens)[:, self.num_prefix_tokens :] for x in outputs]
+        return [x.transpose(1, 2).unflatten(2, (rows, columns)) for x in maps]
+
     def get_last_selfattention(self, images: torch.Tensor, queries: int | None = None) -> torch.Tensor:
         """Attention of the last block: (batch, heads, tokens or ``queries``, tokens)."""
         tokens = self.prepare_tokens(images)
@@ -327,17 +347,17 @@ class VisionTransformer(nn.Module):
         return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x), groups, queries)
 
 
-def resampling_matrix(side: int, size: tuple[int, int], exact: bool) -> torch.Tensor:
-    """The bicubic resize of a square grid as the linear map it is: (new patches, old patches), float64.
+def resampling_matrix(grid: tuple[int, int], size: tuple[int, int], exact: bool) -> torch.Tensor:
+    """The bicubic resize of a grid as the linear map it is: (new patches, old patches), float64.
 
     ``exact``: to this size with antialiasing, else by the factor of ``size`` with 0.1 added. A product has a
     deterministic gradient on every device; the gradient of ``interpolate`` has not.
     """
-    units = torch.eye(side * side, dtype=torch.float64).view(1, side * side, side, side)
+    units = torch.eye(grid[0] * grid[1], dtype=torch.float64).view(1, -1, *grid)
     if exact:
         resized = F.interpolate(units, size=size, mode="bicubic", antialias=True)
     else:
-        factor = tuple((count + 0.1) / side for count in size)
+        factor = tuple((count + 0.1) / side for count, side in zip(size, grid, strict=True))
         resized = F.interpolate(units, scale_factor=factor, mode="bicubic", recompute_scale_factor=False)
     if resized.shape[-2:] != size:
         raise ValueError(f"positions for {size} patches became {tuple(resized.shape[-2:])}")
