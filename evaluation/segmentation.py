@@ -90,7 +90,7 @@ def pixel_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
     logits, labels = resized(logits, labels.shape[-2:]), labels.long()
     loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
     right = (logits.detach().argmax(dim=1) == labels).sum()
-    return loss, 100 * right / (labels != IGNORED).sum()
+    return loss, 100 * right / (labels != IGNORED).sum().clamp(min=1)
 
 
 def learning_rate(

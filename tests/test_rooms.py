@@ -17,6 +17,7 @@ ROOMS = {  # what the files of a room may import of ours, beside their own room
     "eval_knn": {"evaluation", "models", "data"} | BENEATH,
     "eval_linear": {"evaluation", "models", "data"} | BENEATH,
     "eval_zero_shot": {"evaluation", "models", "data"} | BENEATH,
+    "eval_segmentation": {"evaluation", "models", "data"} | BENEATH,
     "eval_finetuning": {"evaluation", "models", "data"} | BENEATH,
     "eval_semi_supervised": {"evaluation", "models", "data"} | BENEATH,
     "eval_transfer": {"evaluation", "models", "data"} | BENEATH,
