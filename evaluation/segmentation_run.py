@@ -1,38 +1,27 @@
-"""A run of segmentation: what exists once, and what of it is written and read again."""
+"""A run of segmentation: what exists once, and what of it is written."""
 
 import argparse
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 from data.ade20k import Splits
+from evaluation.iterations import IterationRun
 from evaluation.results import write_result
-from evaluation.run import Run, notes, refuse_another_run, save_run, take_notes
 from evaluation.segmentation import Segmenter, Window
 from evaluation.segmentation_protocols import Protocol
 from evaluation.unreadable import remark
-from models.safe_load import load_file
-from utils import barrier, log
-
-LATEST = "checkpoint.pth"
+from utils import log
 
 
 @dataclass(kw_only=True)
-class SegmentationRun(Run):
+class SegmentationRun(IterationRun):
     sets: Splits
     head: str  # one of PROTOCOLS
     protocol: Protocol
     segmenter: Segmenter
-    optimizer: torch.optim.Optimizer | None  # None: a given head is tested
     window: Window | None
     start: str  # what the network's weights were before
-    batch: int  # images of a step and process
-    iterations: int
-    lr: float
-    last: dict | None = None  # the latest test
-    lines: list[dict] = field(default_factory=list)  # of log.txt
 
 
 def options_of_trajectory(run: SegmentationRun) -> dict:
@@ -58,38 +47,6 @@ def trained_state(run: SegmentationRun) -> dict[str, torch.Tensor]:
     if run.segmenter.frozen:
         state = {name: tensor for name, tensor in state.items() if name.startswith("decode_head.")}
     return state
-
-
-def save(run: SegmentationRun, iteration: int) -> None:
-    """log.txt, then what the run is continued from, in the layout of the published heads."""
-    if run.world.rank == 0:
-        file = {"state_dict": trained_state(run), "optimizer": run.optimizer.state_dict(), "iteration": iteration}
-        file["tutelage"] = {"options": options_of_trajectory(run), "last": run.last, **notes(run)}
-        save_run(Path(run.args.output_dir), run.lines, file, [LATEST])
-    barrier()
-
-
-def resume(run: SegmentationRun) -> int:
-    """Continue the run in --output_dir: the iteration to begin with.
-
-    Raises UsageError when that run is another one, naming every difference.
-    """
-    folder = Path(run.args.output_dir)
-    path = folder / LATEST
-    if not path.exists():
-        return 0
-    file = load_file(path)
-    record = file.get("tutelage", {})
-    refuse_another_run(path, record.get("options", {}), options_of_trajectory(run))
-    run.segmenter.load_state_dict(run.segmenter.state_dict() | file["state_dict"])
-    run.optimizer.load_state_dict(file["optimizer"])
-    run.last = record["last"]
-    take_notes(run, record)
-    lines = map(json.loads, (folder / "log.txt").read_text().splitlines())
-    reached = file["iteration"], run.last is not None and run.last["iteration"] == file["iteration"]
-    run.lines = [line for line in lines if (line["iteration"], "mIoU" in line) <= reached]
-    log.info(f"continuing {path} at iteration {file['iteration']} of {run.iterations}")
-    return file["iteration"]
 
 
 def report(run: SegmentationRun) -> None:

@@ -1,19 +1,17 @@
 """Segmentation: a run is built, trained and tested."""
 
 import argparse
-import time
 from collections.abc import Iterator
 
 import torch
 
 from data.ade20k import Splits
 from data.decode import BadImage, reading_from
-from data.loader import TrainLoader, to_device_ahead
 from data.segmentation import SegmentationViews, TestScale, blank
 from evaluation.features import batches
 from evaluation.finetune_steps import drop_path_draws
+from evaluation.iterations import Work, average_gradients, pieces_from, train_by_iterations
 from evaluation.network import network_from_options
-from evaluation.run import tell_replaced
 from evaluation.segmentation import (
     Window,
     build_optimizer,
@@ -34,13 +32,11 @@ from evaluation.segmentation_protocols import (
     parameter_groups,
     read_head,
 )
-from evaluation.segmentation_run import SegmentationRun, per_process, resume, save
+from evaluation.segmentation_run import SegmentationRun, options_of_trajectory, per_process, trained_state
 from evaluation.unreadable import Unreadable, leave_out, refuse
 from models.batch_norm import synchronise_batch_norm
 from models.checkpoints import weights_hash
-from utils import UsageError, World, all_gather_objects, all_reduce_sum, log, world_size
-
-LINES_EVERY = 50  # iterations
+from utils import UsageError, World, all_gather_objects, all_reduce_sum, log
 
 
 def build_run(args: argparse.Namespace, world: World) -> SegmentationRun:
@@ -83,53 +79,33 @@ def build_run(args: argparse.Namespace, world: World) -> SegmentationRun:
 
 
 def train(run: SegmentationRun) -> None:
-    args, start = run.args, resume(run)
-    if start == 0:
-        see_test_images(run)
-    every, sums, bad = args.eval_every or run.protocol.eval_every, torch.zeros(3, device=run.world.device), {}
-    pieces = training_pieces(run, start)
-    if start and run.last is None and start % every == 0:  # stopped between a save and its test
-        end_with_test(run, start)
-    since, begun = time.monotonic(), start
-    for iteration in range(start, run.iterations):
-        done, piece = iteration + 1, next(pieces)
-        sums += iterate(run, piece, iteration)
-        bad |= dict(piece["bad"])
-        if done % LINES_EVERY == 0 or done == run.iterations or done % args.save_every == 0 or done % every == 0:
-            rate = (done - begun) * run.batch * run.world.size / (time.monotonic() - since)
-            tell(run, done, sums, bad, rate)
-            sums, bad = torch.zeros_like(sums), {}
-        is_tested = done % every == 0 or done == run.iterations
-        if is_tested:
-            run.last = None
-        if done % args.save_every == 0 or is_tested:
-            save(run, done)
-        if is_tested:
-            end_with_test(run, done)
-    if run.last is None:
-        end_with_test(run, run.iterations)
+    def rate(iteration: int) -> float:
+        return learning_rate(iteration, run.lr, run.iterations, run.args.warmup)
 
-
-def end_with_test(run: SegmentationRun, iteration: int) -> None:
-    run.last = {"iteration": iteration} | test(run)
-    run.lines.append(run.last)
-    save(run, iteration)
+    train_by_iterations(
+        run,
+        Work(
+            options=options_of_trajectory(run),
+            state=lambda: trained_state(run),
+            load=lambda state: run.segmenter.load_state_dict(run.segmenter.state_dict() | state),
+            pieces=lambda start: training_pieces(run, start),
+            iterate=lambda piece, iteration: iterate(run, piece, iteration, rate(iteration)),
+            measures=("loss", "acc_seg"),
+            rate=rate,
+            see=lambda: see_test_images(run),
+            test=lambda: test(run),
+            eval_every=run.args.eval_every or run.protocol.eval_every,
+        ),
+    )
 
 
 def training_pieces(run: SegmentationRun, start: int) -> Iterator[dict]:
     """Batches from iteration ``start`` on, on the device."""
-    args = run.args
-    views = SegmentationViews(args.crop_size, long_side=run.protocol.long_side)
-    common = {"batch_size": run.batch, "world": run.world, "seed": args.seed, "num_workers": args.num_workers}
-    niter = len(run.sets.train) // (run.batch * run.world.size)
-    epoch, step = divmod(start, max(1, niter))
-    epochs = -(-run.iterations // max(1, niter))
-    loader = TrainLoader(run.sets.train, views, **common, epochs=epochs, start_epoch=epoch, start_step=step)
-    return to_device_ahead(loader, run.world.device)
+    return pieces_from(run, SegmentationViews(run.args.crop_size, long_side=run.protocol.long_side), start)
 
 
-def iterate(run: SegmentationRun, piece: dict, iteration: int) -> torch.Tensor:
-    """One step; loss and right pixels in percent of this process's share, and how many images were replaced."""
+def iterate(run: SegmentationRun, piece: dict, iteration: int, lr: float) -> torch.Tensor:
+    """One step; loss and right pixels in percent of this process's share."""
     segmenter, seed, first = run.segmenter.train(), run.args.seed, int(piece["first_sample"])
     images, draws = blank(piece["crops"][0], piece["extent"]), None
     if not segmenter.frozen:
@@ -142,31 +118,8 @@ def iterate(run: SegmentationRun, piece: dict, iteration: int) -> torch.Tensor:
     loss, share = pixel_loss(logits, piece["labels"])
     loss.backward()
     average_gradients(run.optimizer)
-    train_step(run.optimizer, learning_rate(iteration, run.lr, run.iterations, run.args.warmup))
-    return torch.stack((loss.detach(), share, loss.new_tensor(len(piece["bad"]))))
-
-
-def average_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Means over processes, whose shares of a batch are equal, in one message."""
-    if world_size() == 1:
-        return
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    flat = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients])).div_(world_size())
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
-
-
-def tell(run: SegmentationRun, iteration: int, sums: torch.Tensor, bad: dict[str, str], rate: float) -> None:
-    """A line of log.txt about the iterations since the last one, and one for people."""
-    before = next((line["iteration"] for line in reversed(run.lines)), 0)
-    loss, share, replaced = all_reduce_sum(sums).tolist()
-    count = (iteration - before) * run.world.size
-    lr = learning_rate(iteration - 1, run.lr, run.iterations, run.args.warmup)
-    run.lines.append({"iteration": iteration, "loss": loss / count, "acc_seg": share / count, "lr": lr})
-    log.info(
-        f"[{iteration}/{run.iterations}]  loss: {loss / count:.4f}  acc_seg: {share / count:.2f}  {rate:.1f} images/s"
-    )
-    tell_replaced(run, bad, replaced)
+    train_step(run.optimizer, lr)
+    return torch.stack((loss.detach(), share))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

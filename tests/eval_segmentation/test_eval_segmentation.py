@@ -116,10 +116,10 @@ def test_heads_on_four_maps_are_trained_and_continued_exactly(segment, monkeypat
     assert segment(*options, out="whole", **settings)[0] == 0
     iterate = segmentation_steps.iterate
 
-    def stop_in_the_fourth(run, piece, iteration):
+    def stop_in_the_fourth(run, piece, iteration, lr):
         if iteration == 3:
             raise KeyboardInterrupt
-        return iterate(run, piece, iteration)
+        return iterate(run, piece, iteration, lr)
 
     monkeypatch.setattr(segmentation_steps, "iterate", stop_in_the_fourth)
     with pytest.raises(KeyboardInterrupt):
