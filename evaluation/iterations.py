@@ -105,13 +105,10 @@ def tell(run: IterationRun, work: Work, done: int, sums: torch.Tensor, bad: dict
 
 
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Means over processes, whose shares of a batch are equal, in one message; of what has none it is 0."""
+    """Means over processes, whose shares of a batch are equal, in one message; all have gradients of the same."""
     if world_size() == 1:
         return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    gradients = [p.grad for p in parameters]
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     flat = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients])).div_(world_size())
     parts = flat.split([gradient.numel() for gradient in gradients])
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])

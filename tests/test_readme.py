@@ -12,6 +12,7 @@ import visualize_attention
 import visualize_neighbours
 import visualize_relative
 import visualize_tsne
+from eval_detection import eval_detection
 from eval_finetuning import extract_backbone_weights_for_finetuning as extract
 from eval_knn import eval_knn
 from eval_linear import eval_linear
@@ -31,7 +32,7 @@ EVALUATIONS = [
     for name in ("finetuning", "knn", "linear", "semi_supervised", "transfer", "video", "zero_shot")
 ]
 EVALUATIONS = ("eval_finetuning/README.md", "eval_knn/README.md", "eval_linear/README.md")
-EVALUATIONS += ("eval_segmentation/README.md",)
+EVALUATIONS += ("eval_segmentation/README.md", "eval_detection/README.md")
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", *EVALUATIONS, "benchmarks/RESULTS.md")]
 DOCUMENTS += sorted((ROOT / "configs").glob("*/README.md"))
 WRITTEN_BY_A_RUN = {"log.txt"}
@@ -64,6 +65,7 @@ def test_a_documented_command_parses(document, command):
         "eval_linear/eval_linear.py": lambda argv: parse_network_args(eval_linear.get_args_parser(), argv),
         "eval_knn/eval_knn.py": lambda argv: eval_knn.get_args_parser().parse_args(argv),
         "eval_linear/eval_linear.py": lambda argv: eval_linear.get_args_parser().parse_args(argv),
+        "eval_detection/eval_detection.py": lambda argv: eval_detection.get_args_parser().parse_args(argv),
         "eval_segmentation/eval_segmentation.py": lambda argv: eval_segmentation.get_args_parser().parse_args(argv),
         "eval_finetuning/eval_finetuning.py": lambda argv: finetune_parser().parse_args(argv),
         "eval_finetuning/extract_backbone_weights_for_finetuning.py": lambda argv: extract.paths(

@@ -18,6 +18,7 @@ ROOMS = {  # what the files of a room may import of ours, beside their own room
     "eval_linear": {"evaluation", "models", "data"} | BENEATH,
     "eval_zero_shot": {"evaluation", "models", "data"} | BENEATH,
     "eval_segmentation": {"evaluation", "models", "data"} | BENEATH,
+    "eval_detection": {"evaluation", "models", "data"} | BENEATH,
     "eval_finetuning": {"evaluation", "models", "data"} | BENEATH,
     "eval_semi_supervised": {"evaluation", "models", "data"} | BENEATH,
     "eval_transfer": {"evaluation", "models", "data"} | BENEATH,
