@@ -4,6 +4,7 @@ Segmentation and detection train so: tested every so many steps, of which the la
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
 from evaluation.run import Run, notes, refuse_another_run, save_run, take_notes, tell_replaced
 from models.safe_load import load_file
-from utils import all_reduce_sum, barrier, log, world_size
+from utils import RunStopped, all_reduce_sum, barrier, log, world_size
 
 LATEST = "checkpoint.pth"
 LINES_EVERY = 50  # iterations
@@ -97,6 +98,8 @@ def tell(run: IterationRun, work: Work, done: int, sums: torch.Tensor, bad: dict
     before = next((line["iteration"] for line in reversed(run.lines)), 0)
     *values, replaced = all_reduce_sum(sums).tolist()
     count = (done - before) * run.world.size
+    if not all(map(math.isfinite, values)):
+        raise RunStopped(f"the loss is not finite before step {done}; lower --lr; nothing of it was saved")
     means = {name: value / count for name, value in zip(work.measures, values, strict=True)}
     run.lines.append({"iteration": done, **means, "lr": work.rate(done - 1)})
     said = "  ".join(f"{name}: {value:.4f}" for name, value in means.items())

@@ -173,10 +173,11 @@ def resized_classes(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """The class of every pixel of logits (classes, rows, columns) stretched over ``size``: int64.
 
     A pixel between four places is a mean of theirs, with weights that sum to 1. So where all four have the same class,
-    that is its class, and only the pixels along borders are computed: the same as ``resized`` and argmax, but for ties.
+    that is its class, and only the pixels along borders are computed: the same as ``resized`` and argmax, but for
+    classes that are equal up to rounding.
     """
     rows, columns = logits.shape[1:]
-    found = logits.argmax(dim=0)
+    found = logits.max(dim=0).indices  # argmax of several lines at once takes twice as long
     if tuple(size) == (rows, columns):
         return found
     tops, downs = _neighbours(size[0], rows, logits)
@@ -187,10 +188,13 @@ def resized_classes(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     mixed = (upper[:, others] != classes) | (lower[:, lefts] != classes) | (lower[:, others] != classes)
     y, x = mixed.nonzero(as_tuple=True)
     top, left, down, right = tops[y], lefts[x], downs[y], rights[x]
-    bottom, other = (top + 1).clamp(max=rows - 1), (left + 1).clamp(max=columns - 1)
-    above = logits[:, top, left] * (1 - right) + logits[:, top, other] * right
-    below = logits[:, bottom, left] * (1 - right) + logits[:, bottom, other] * right
-    classes[y, x] = (above * (1 - down) + below * down).argmax(dim=0)
+    bottom, other, flat = (top + 1).clamp(max=rows - 1), (left + 1).clamp(max=columns - 1), logits.flatten(1)
+    lines = []
+    for row in (top, bottom):
+        first, second = (flat.index_select(1, row * columns + column) for column in (left, other))
+        lines.append(first.mul_(1 - right).addcmul_(second, right))
+    value = lines[0].mul_(1 - down).addcmul_(lines[1], down)
+    classes[y, x] = value.max(dim=0).indices
     return classes
 
 

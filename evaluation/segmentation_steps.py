@@ -36,7 +36,7 @@ from evaluation.segmentation_run import SegmentationRun, options_of_trajectory, 
 from evaluation.unreadable import Unreadable, leave_out, refuse
 from models.batch_norm import synchronise_batch_norm
 from models.checkpoints import weights_hash
-from utils import UsageError, World, all_gather_objects, all_reduce_sum, log
+from utils import RunStopped, UsageError, World, all_gather_objects, all_reduce_sum, log
 
 
 def build_run(args: argparse.Namespace, world: World) -> SegmentationRun:
@@ -168,6 +168,10 @@ def test(run: SegmentationRun) -> dict:
             bad = problems
             continue
         logits = image_logits(segmenter, image, run.window, run.args.windows)
+        if not torch.isfinite(logits.sum()):
+            raise RunStopped(
+                f"{run.network.label}: what it finds on an image is not finite; check its weights and the head"
+            )
         counts += count_pixels(resized_classes(logits[0], labels.shape), labels, classes)
     settle(run, bad)
     found = scores(all_reduce_sum(counts))

@@ -159,6 +159,9 @@ def test_what_cannot_work_is_said_in_one_line(segment, tmp_path, data):
     assert "larger than the data set" in refused(*weights, batch_size_per_gpu=40)
     assert "class 4 of 3 (--num_classes)" in refused(*weights, num_classes=3)
     assert not (tmp_path / "out").exists()
+    code, _, error = segment(*weights, lr=1e38)
+    assert code == 1 and "not finite before step 4; lower --lr" in error and error.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*.pth"))
 
 
 def test_maps_that_are_damaged_or_missing_are_named(segment, tmp_path):
