@@ -22,11 +22,12 @@ from evaluation.detection import (
 )
 from evaluation.features import batches
 from evaluation.finetune_steps import drop_path_draws
-from evaluation.iterations import IterationRun, Work, average_gradients, pieces_from, train_by_iterations
+from evaluation.iterations import IterationRun, Work, average_gradients, only_read, pieces_from, train_by_iterations
 from evaluation.network import network_from_options
 from evaluation.results import write_result
+from evaluation.run import settle
 from evaluation.segmentation import build_optimizer, train_step
-from evaluation.unreadable import Unreadable, leave_out, refuse, remark
+from evaluation.unreadable import Unreadable, remark
 from models.batch_norm import synchronise_batch_norm
 from models.checkpoints import weights_hash
 from models.vit import VisionTransformer
@@ -125,17 +126,9 @@ def tested_images(run: DetectionRun, transform: object, unreadable: list[Unreada
         yield int(index), image[0]
 
 
-def settle(run: DetectionRun, unreadable: list[Unreadable]) -> None:
-    """Refuse what cannot be read, or with --skip_unreadable name it."""
-    if not run.args.skip_unreadable:
-        refuse(run.sets.test, unreadable)
-    leave_out(run.sets.test, unreadable, told=run.left_out)
-    run.left_out = unreadable
-
-
 def see_test_images(run: DetectionRun) -> None:
     bad: list[Unreadable] = []
-    for _ in tested_images(run, lambda image: torch.zeros(1), bad):
+    for _ in tested_images(run, only_read, bad):
         pass
     settle(run, bad)
 

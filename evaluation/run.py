@@ -103,9 +103,14 @@ def labelled_batches(run: Run, transform: Callable, batch_size: int) -> Iterator
     options = {"batch_size": batch_size, "num_workers": run.args.num_workers, "device": device}
     for indices, images in batches(sets.test, transform, world=run.world, **options, unreadable=unreadable):
         yield images, sets.test_labels[indices].to(device)
+    settle(run, unreadable)
+
+
+def settle(run: Run, unreadable: list[Unreadable]) -> None:
+    """Raise UnreadableImages for test images, or with --skip_unreadable name them: ``run.left_out``."""
     if not run.args.skip_unreadable:
-        refuse(sets.test, unreadable)
-    leave_out(sets.test, unreadable, told=run.left_out)
+        refuse(run.sets.test, unreadable)
+    leave_out(run.sets.test, unreadable, told=run.left_out)
     run.left_out = unreadable
 
 

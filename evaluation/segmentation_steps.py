@@ -10,8 +10,9 @@ from data.decode import BadImage, reading_from
 from data.segmentation import SegmentationViews, TestScale, blank
 from evaluation.features import batches
 from evaluation.finetune_steps import drop_path_draws
-from evaluation.iterations import Work, average_gradients, pieces_from, train_by_iterations
+from evaluation.iterations import Work, average_gradients, only_read, pieces_from, train_by_iterations
 from evaluation.network import network_from_options
+from evaluation.run import settle
 from evaluation.segmentation import (
     Window,
     build_optimizer,
@@ -33,7 +34,7 @@ from evaluation.segmentation_protocols import (
     read_head,
 )
 from evaluation.segmentation_run import SegmentationRun, options_of_trajectory, per_process, trained_state
-from evaluation.unreadable import Unreadable, leave_out, refuse
+from evaluation.unreadable import Unreadable
 from models.batch_norm import synchronise_batch_norm
 from models.checkpoints import weights_hash
 from utils import RunStopped, UsageError, World, all_gather_objects, all_reduce_sum, log
@@ -130,7 +131,7 @@ def iterate(run: SegmentationRun, piece: dict, iteration: int, lr: float) -> tor
 def see_test_images(run: SegmentationRun) -> None:
     """Read test images and their maps before anything is trained: what cannot be read is refused, or named, now."""
     bad = []
-    for _, _, problem in tested_pixels(run, lambda image: torch.zeros(0)):
+    for _, _, problem in tested_pixels(run, only_read):
         bad += problem
     settle(run, bad)
 
@@ -148,14 +149,6 @@ def tested_pixels(run: SegmentationRun, transform: object) -> Iterator[tuple]:
         yield image, labels.to(run.world.device), []
     maps = [problem for part in all_gather_objects(maps) for problem in part]
     yield None, None, sorted(unreadable + maps)
-
-
-def settle(run: SegmentationRun, unreadable: list[Unreadable]) -> None:
-    """Refuse what cannot be read, or with --skip_unreadable name it."""
-    if not run.args.skip_unreadable:
-        refuse(run.sets.test, unreadable)
-    leave_out(run.sets.test, unreadable, told=run.left_out)
-    run.left_out = unreadable
 
 
 @torch.no_grad()

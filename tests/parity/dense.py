@@ -44,10 +44,11 @@ def mugs(case: Case) -> Iterator[tuple]:
                 kind, level = re.fullmatch(r"(map|pyr)(\d)", output.removeprefix(f"{label}.")).groups()
                 yield output, computed[kind][int(level)], case.arrays[output]
     network = model.network
-    network.pos_embed, network.grid = nn.Parameter(case.tensor("in.pos_ckpt")), None
-    lay_out(network, *grid)
-    yield "out.pos_resized", network.pos_embed, case.arrays["out.pos_resized"]
-    decay = p["layer_decay"]
+    for learnt in case.names("in.pos_ckpt"):
+        network.pos_embed, network.grid = nn.Parameter(case.tensor(learnt)), None
+        lay_out(network, *grid)
+        yield "out.pos_resized", network.pos_embed, case.arrays["out.pos_resized"]
+    decay = p.get("layer_decay", {"table": []})
     for row in decay["table"]:
         vector = len(state.get(row["name"].removeprefix("backbone."), torch.zeros(2, 2)).shape) == 1
         vector |= "norm" in row["name"]
