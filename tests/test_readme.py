@@ -16,10 +16,10 @@ from eval_detection import eval_detection
 from eval_finetuning import extract_backbone_weights_for_finetuning as extract
 from eval_knn import eval_knn
 from eval_linear import eval_linear
+from eval_segmentation import eval_segmentation
 from eval_semi_supervised import eval_semi_supervised as few_labels
 from eval_video import eval_video
 from eval_zero_shot import eval_zero_shot
-from eval_segmentation import eval_segmentation
 from evaluation.finetune_options import get_args_parser as finetune_parser
 from evaluation.finetune_options import get_deit_parser as deit_parser
 from evaluation.network import parse_network_args
@@ -31,8 +31,7 @@ EVALUATIONS = [
     f"eval_{name}/README.md"
     for name in ("finetuning", "knn", "linear", "semi_supervised", "transfer", "video", "zero_shot")
 ]
-EVALUATIONS = ("eval_finetuning/README.md", "eval_knn/README.md", "eval_linear/README.md")
-EVALUATIONS += ("eval_segmentation/README.md", "eval_detection/README.md")
+EVALUATIONS += [f"eval_{name}/README.md" for name in ("segmentation", "detection")]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", *EVALUATIONS, "benchmarks/RESULTS.md")]
 DOCUMENTS += sorted((ROOT / "configs").glob("*/README.md"))
 WRITTEN_BY_A_RUN = {"log.txt"}
@@ -63,8 +62,6 @@ def test_a_documented_command_parses(document, command):
         "scripts/slurm_pretrain.sh": parse_options,
         "eval_knn/eval_knn.py": lambda argv: parse_network_args(eval_knn.get_args_parser(), argv),
         "eval_linear/eval_linear.py": lambda argv: parse_network_args(eval_linear.get_args_parser(), argv),
-        "eval_knn/eval_knn.py": lambda argv: eval_knn.get_args_parser().parse_args(argv),
-        "eval_linear/eval_linear.py": lambda argv: eval_linear.get_args_parser().parse_args(argv),
         "eval_detection/eval_detection.py": lambda argv: eval_detection.get_args_parser().parse_args(argv),
         "eval_segmentation/eval_segmentation.py": lambda argv: eval_segmentation.get_args_parser().parse_args(argv),
         "eval_finetuning/eval_finetuning.py": lambda argv: finetune_parser().parse_args(argv),
