@@ -55,6 +55,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--lr {args.lr:g}: must be positive, or 0 for the preset's")
     if not 0.02 <= args.scale <= 4:
         raise UsageError(f"--scale {args.scale:g}: between 0.02 and 4")
+    if args.exif:
+        raise UsageError("--exif true: boxes and masks belong to images as they lie in their files; leave it out")
     if args.num_workers < 0:
         raise UsageError(f"--num_workers {args.num_workers}: must be 0 (decode in this process) or more")
     check_writable(Path(args.output_dir))

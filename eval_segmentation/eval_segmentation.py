@@ -82,6 +82,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--iterations, --iter_with_8_gpu: say one of them")
     if not 0 <= args.lr < float("inf"):
         raise UsageError(f"--lr {args.lr:g}: must be positive, or 0 for the protocol's")
+    if args.exif:
+        raise UsageError("--exif true: maps of classes belong to images as they lie in their files; leave it out")
     if args.num_workers < 0:
         raise UsageError(f"--num_workers {args.num_workers}: must be 0 (decode in this process) or more")
     if args.head not in PROTOCOLS and not Path(args.head).exists():

@@ -64,9 +64,6 @@ class DenseBackbone(nn.Module):
         levels = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
         return [level(x) for level, x in zip(levels, maps, strict=True)]
 
-    def no_weight_decay(self) -> set[str]:
-        return {f"network.{name}" for name in self.network.no_weight_decay()}
-
 
 def lay_out(network: VisionTransformer, rows: int, columns: int) -> None:
     """Give ``network`` positions for a grid of this size, from which those of every image are made.

@@ -155,6 +155,7 @@ def test_what_cannot_work_is_said_in_one_line(segment, tmp_path, data):
     assert "pass --blocks" in refused(*weights, "--head", "linear4")
     assert "from 0 to 3" in refused(*weights, "--blocks", 4)
     assert "--lr -1" in refused(lr=-1.0)
+    assert "--exif true" in refused(exif="true")
     assert "unknown option --lrr" in refused("--lrr", 3)
     assert "larger than the data set" in refused(*weights, batch_size_per_gpu=40)
     assert "class 4 of 3 (--num_classes)" in refused(*weights, num_classes=3)
