@@ -85,7 +85,7 @@ def test_a_linear_head_learns_is_continued_and_tested_alone(segment, tmp_path, d
     two = saved(tmp_path / "two", "checkpoint.pth")["state_dict"]
     for name, tensor in whole["state_dict"].items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
-    assert result(tmp_path / "two")["mIoU"] == pytest.approx(numbers["mIoU"], abs=0.05)
+    assert result(tmp_path / "two")["mIoU"] == pytest.approx(numbers["mIoU"], abs=0.1)
 
     head = tmp_path / "head.pth"
     torch.save({"state_dict": whole["state_dict"], "meta": {"CLASSES": ("wall",)}, "optimizer": {}}, head)
