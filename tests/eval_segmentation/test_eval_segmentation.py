@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from eval_segmentation.eval_segmentation import main
+from eval_segmentation.eval_segmentation import check_arguments, get_args_parser, main
+from evaluation.segmentation_protocols import PROTOCOLS
 from tests.eval_knn.test_eval_knn import micro
 from tests.eval_linear.test_eval_linear import assert_same, saved
 from tests.launch import ROOT, finish, start, wait_for_line
@@ -163,6 +164,14 @@ def test_what_cannot_work_is_said_in_one_line(segment, tmp_path, data):
     code, _, error = segment(*weights, lr=1e38)
     assert code == 1 and "not finite before step 4; lower --lr" in error and error.count("\n") == 1
     assert not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_the_options_of_unic_are_understood():
+    words = "--pretrained unic.pth --data_dir /ade20k --head_type linear --samples_per_gpu 8 --iter_with_8_gpu 10000"
+    args = get_args_parser().parse_args([*words.split(), "--dataset", "ade20k", "--lr", "0", "--seed", "0"])
+    check_arguments(args)
+    assert (args.pretrained_weights, args.data_path, args.batch_size_per_gpu) == ("unic.pth", "/ade20k", 8)
+    assert (args.head, args.lr, args.iter_with_8_gpu * 8) == ("linear", 0, PROTOCOLS["linear"].iterations)
 
 
 def test_maps_that_are_damaged_or_missing_are_named(segment, tmp_path):
