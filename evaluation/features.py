@@ -120,14 +120,16 @@ def feature_widths(model: nn.Module, features: Sequence[Feature], crop_size: int
         return [feature.shape[1] for feature in token_features(model, image, features)]
 
 
-def multiscale_class_token(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Mean class token over the scales 1, 1/sqrt(2) and 1/2, for retrieval: (batch, dim).
+def multiscale(
+    model: nn.Module, images: torch.Tensor, feature: Callable[[Callable, torch.Tensor], torch.Tensor] = class_token
+) -> torch.Tensor:
+    """Mean ``feature`` over the scales 1, 1/sqrt(2) and 1/2, for retrieval: (batch, dim).
 
     parity: divided by the norm of the whole batch, which is a unit vector for one image at a time (DINO utils.py).
     """
-    total = class_token(model, images)
+    total = feature(model, images)
     for scale in (2**-0.5, 0.5):
-        total = total + class_token(model, F.interpolate(images, scale_factor=scale, mode="bilinear"))
+        total = total + feature(model, F.interpolate(images, scale_factor=scale, mode="bilinear"))
     return total / 3 / (total / 3).norm()
 
 

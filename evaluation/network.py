@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn as nn
@@ -125,6 +125,15 @@ def add_process_arguments(parser: argparse._ActionsContainer) -> None:
     add("--dist_url", default="env://", help="how processes find each other: env://, tcp://HOST:PORT or file:///PATH")
     add("--backend", choices=BACKENDS, help="how they talk; left out: nccl on GPUs, gloo on processors")
     add("--local_rank", default=0, type=int, help="accepted and ignored: torchrun sets it in the environment")
+
+
+def of_every_key(args: argparse.Namespace) -> Iterator[tuple[argparse.Namespace, bool]]:
+    """The options for every network of ``--checkpoint_key student,teacher``, and whether it is a further one."""
+    keys = args.checkpoint_key.split(",")
+    for number, key in enumerate(keys):
+        if len(keys) > 1:
+            log.info(f"checkpoint key: {key}")
+        yield argparse.Namespace(**{**vars(args), "checkpoint_key": key}), number > 0
 
 
 def network_from_options(args: argparse.Namespace) -> Network:

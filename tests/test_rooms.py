@@ -23,6 +23,8 @@ ROOMS = {  # what the files of a room may import of ours, beside their own room
     "eval_semi_supervised": {"evaluation", "models", "data"} | BENEATH,
     "eval_transfer": {"evaluation", "models", "data"} | BENEATH,
     "eval_video": {"evaluation", "models", "data"} | BENEATH,
+    "eval_retrieval": {"evaluation", "models", "data"} | BENEATH,
+    "eval_copy_detection": {"evaluation", "models", "data"} | BENEATH,
 }
 
 

@@ -16,7 +16,7 @@ from evaluation.features import (
     evaluating,
     extract_features,
     gather_rows,
-    multiscale_class_token,
+    multiscale,
     token_features,
 )
 from evaluation.unreadable import readable
@@ -191,7 +191,7 @@ def test_blocks_may_differ_in_width_and_tokens_as_those_of_a_swin_do():
 
 
 def test_the_multiscale_feature_of_one_image_has_unit_norm():
-    feature = multiscale_class_token(small().eval(), torch.randn(1, 3, 64, 48))
+    feature = multiscale(small().eval(), torch.randn(1, 3, 64, 48))
     torch.testing.assert_close(feature.norm(), torch.tensor(1.0))
 
 

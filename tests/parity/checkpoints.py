@@ -7,7 +7,7 @@ import torch
 
 from data.preprocess import MEAN, STD
 from evaluation.attention import attention_maps
-from evaluation.features import Feature, class_token, multiscale_class_token
+from evaluation.features import Feature, class_token, multiscale
 from evaluation.linear_heads import heads_of
 from models.checkpoints import compare, load_tensors
 from models.layouts.names import plain_name
@@ -75,7 +75,7 @@ def feature_of(case: Case, model: torch.nn.Module, label: str) -> torch.Tensor:
         if match["feature"] == "knn":
             return class_token(model, images)
         if match["feature"] == "multiscale":
-            return multiscale_class_token(model, images)
+            return multiscale(model, images)
         if match["feature"] == "attn":
             return attention_maps(model, images).flatten(2)
         avgpool = match["kind"] or ("interleaved" if match["avgpool"] else "0")
