@@ -158,19 +158,35 @@ def extract_features(
     of. ``transform``: PIL RGB -> (3, height, width). A network runs in evaluation mode without gradients and is left in
     the mode it was in. Every process returns everything.
     """
+    options = {"world": world, "batch_size": batch_size, "num_workers": num_workers, "device": device}
+    with evaluating(model_fn):
+        return rows_of_images(lambda _, images: feature(model_fn, images), source, transform, **options)
+
+
+@torch.no_grad()
+def rows_of_images(
+    row: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    source: Source,
+    transform: Callable,
+    *,
+    world: World,
+    batch_size: int = 128,
+    num_workers: int = 10,
+    device: torch.device,
+) -> tuple[torch.Tensor, list[Unreadable]]:
+    """``extract_features`` of whatever ``row(indices, images)`` says of a batch: (batch, numbers)."""
     local, found, done = torch.empty(0, 0), [torch.empty(0, dtype=torch.long)], 0
     unreadable: list[Unreadable] = []
     progress = _Progress(source, world)
     options = {"world": world, "batch_size": batch_size, "num_workers": num_workers, "device": device}
-    with evaluating(model_fn), torch.no_grad():
-        for indices, images in batches(source, transform, **options, unreadable=unreadable):
-            rows = feature(model_fn, images)
-            if not done:
-                local = torch.empty(len(range(world.rank, len(source), world.size)), rows.shape[1])
-            local[done : done + len(rows)] = rows.float()
-            done += len(rows)
-            found.append(indices)
-            progress.report(done + len(unreadable))
+    for indices, images in batches(source, transform, **options, unreadable=unreadable):
+        rows = row(indices, images)
+        if not done:
+            local = torch.empty(len(range(world.rank, len(source), world.size)), rows.shape[1])
+        local[done : done + len(rows)] = rows.float()
+        done += len(rows)
+        found.append(indices)
+        progress.report(done + len(unreadable))
     absent = [image.index for image in unreadable]
     return gather_rows(local[:done], torch.cat(found), len(source), world, absent), unreadable
 

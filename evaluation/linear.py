@@ -15,7 +15,8 @@ from data.loader import TrainLoader
 from data.preprocess import eval_transform
 from data.published import place_from
 from data.views import LinearViews
-from evaluation.features import CLS, Feature, feature_widths, token_features
+from evaluation.classifier import read_head
+from evaluation.features import Feature, feature_widths, token_features
 from evaluation.linear_heads import LinearHeads, Probe, Recipe, best_head, cosine_factor, heads_of, initial_heads
 from evaluation.linear_run import (
     SWEEPS,
@@ -25,7 +26,7 @@ from evaluation.linear_run import (
     resume,
     save,
 )
-from evaluation.network import chosen_features, network_from_options, within_depth
+from evaluation.network import chosen_features, network_from_options
 from evaluation.run import (
     labelled_batches,
     means_over_images,
@@ -188,17 +189,9 @@ def given_head(run: LinearRun) -> tuple[Path, Feature, torch.Tensor, torch.Tenso
     path = (paths or [best_path(args)])[0]
     if not paths and not path.exists():
         raise UsageError(f"--evaluate: there is no {path}; name the head to be tested with --pretrained_linear")
-    file = load_file(path)
-    heads = heads_of(file)
-    if not heads:
-        raise UsageError(f"{path}: holds no linear head; pass the head to test with --pretrained_linear")
-    number = file.get("best_acc_hidx", 0)
-    if "tutelage" in file and "heads" in file["tutelage"]:
-        recorded = file["tutelage"]["heads"][number]
-        feature = Feature(recorded["n_last_blocks"], recorded["avgpool_patchtokens"], recorded.get("class_token", CLS))
-        return path, *within_depth(run.network, [feature]), *heads[number]
-    if len(run.features) > 1:
+    head = read_head(path, run.network)
+    if head.feature is None and len(run.features) > 1:
         raise UsageError(
             "--evaluate: pass the one --n_last_blocks, --avgpool_patchtokens and --class_token of this head"
         )
-    return path, run.features[0], *heads[number]
+    return path, head.feature or run.features[0], head.weight, head.bias

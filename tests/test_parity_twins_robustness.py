@@ -4,7 +4,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.twins import agrees, golden, random, rewrite
+from models.checkpoints import load_tensors
+from models.reading import read_backbone
+from tests.parity import find_runner, judge
+from tests.parity.networks import build_vit
+from tests.twins import agrees, as_arrays, copied, golden, random, rewrite
 
 
 def area_under_precision(hits: list[bool], relevant: int) -> float:
@@ -73,3 +77,114 @@ def test_copies_are_described_and_whitened_with_other_powers():
     inputs = {"in/tokens": tokens, "in/whitening_features": learnt, "in/database": database, "in/queries": queries}
     outputs = {"out/descriptor": torch.cat((tokens[:, 0], gem), dim=1), "out/similarity": a @ b.T}
     agrees(rewrite(case, inputs, outputs, {"average_precision": rows}))
+
+
+def test_masked_images_have_other_ratios_grids_and_classes():
+    case = golden("attmask", "masked_eval")
+    p = case.params
+    labels, generator = torch.tensor([3, 0, 2, 1, 5, 6]), torch.Generator().manual_seed(3)
+    images = torch.from_numpy(case.arrays["images"][:6])
+    attentioner, model = (build_vit(p["model"]).double().eval() for _ in range(2))
+    attentioner.load_state_dict(case.state("attentioner"), strict=False)
+    load_tensors(model, *read_backbone(case.folder / "checkpoint_plain.pth", "teacher"))
+    p["n_last_blocks"], p["masked_images_is_for_ratio"], p["fill_value_normalised"] = 2, 0.25, [-1.5, 0.25, 3.0]
+    weight, bias = torch.randn(9, 24, generator=generator, dtype=torch.float64), random(9, seed=4)
+    probabilities = attentioner.get_last_selfattention(images.double(), queries=1)[:, :, 0, 1:].detach().mean(1)
+    outputs, results = {"attention": probabilities}, []
+    for number, ratio in enumerate((0.25, 0.8)):
+        count = int(64 * ratio)
+        order = probabilities.argsort(dim=1, descending=True)
+        mask = torch.zeros(6, 64, dtype=torch.bool)
+        for row, places in zip(mask, order, strict=True):
+            row[places[:count]] = True
+        outputs[f"mask_{number}"] = mask.view(6, 8, 8)
+        pixels = mask.view(6, 1, 8, 1, 8, 1).expand(6, 3, 8, 4, 8, 4).reshape(6, 3, 32, 32)
+        seen = torch.where(pixels, torch.tensor(p["fill_value_normalised"]).view(3, 1, 1), images)
+        results.append({"masking_ratio": ratio, "masked_tokens": count, **answers(model, seen, labels, weight, bias)})
+        if ratio == 0.25:
+            outputs["masked_images"] = seen
+    state = {name: case.arrays[name] for name in case.names("attentioner/")}
+    inputs = {"images": images, "labels": labels, "linear_weight": weight, "linear_bias": bias} | state
+    case.__dict__["arrays"] = as_arrays(inputs | outputs)
+    case.entry["outputs"] |= {"results": results, "clean": answers(model, images, labels, weight, bias)}
+    agrees(case)
+
+
+def answers(model, images, labels, weight, bias) -> dict:
+    with torch.no_grad():
+        tokens = model.get_intermediate_layers(images.double(), 2)
+    logits = torch.cat([layer[:, 0] for layer in tokens], dim=1) @ weight.T + bias
+    order = logits.argsort(dim=1, descending=True)
+    right = order == labels[:, None]
+    loss = -logits.log_softmax(dim=1)[torch.arange(len(labels)), labels].mean().item()
+    return {"acc1": 100 * right[:, 0].double().mean().item(), "acc5": 100 * right[:, :5].sum().item() / len(labels),
+            "loss": loss}  # fmt: skip
+
+
+def test_blocks_are_of_other_grids_and_shares():
+    case = golden("eval_core", "occlusion_shuffle")
+    side = case.params["img"] = 48
+    image = np.arange(side * side, dtype=np.int32).reshape(side, side)
+    rng = np.random.default_rng(5)
+    order, lost = rng.permutation(12), rng.permutation(36)[:11]
+    moved, kept = np.empty_like(image), np.ones_like(image)
+    for j, k in enumerate(order):  # blocks of 12 x 16 pixels: 4 rows, 3 columns
+        moved[j // 3 * 12 :, j % 3 * 16 :][:12, :16] = image[k // 3 * 12 :, k % 3 * 16 :][:12, :16]
+    for k in lost:
+        kept[k // 6 * 8 + 8 : k // 6 * 8 + 16, k % 6 * 8 + 8 : k % 6 * 8 + 16] = 0
+    attention = random(3, 10, seed=6).abs().numpy()
+    stay = np.zeros((2, 3, 10), bool)
+    for image_number, row in enumerate(attention):
+        mass = 0.0
+        for patch in np.argsort(row):
+            mass += row[patch] / row.sum()
+            stay[0, image_number, patch] = mass <= 0.3
+            stay[1, image_number, patch] = mass > 0.3
+    case.entry["inputs"] = {
+        "shuffle_4x3": {"value": {"shuffle": True, "shuffle_size": [4, 3], "random_offset_drop": False}},
+        "offset_6": {"value": {"shuffle": False, "shuffle_size": 6, "random_offset_drop": True}},
+    }
+    inputs = {"in/shuffle_4x3_indices": order, "in/offset_6_indices": lost, "in/saliency_attention": attention}
+    outputs = {"out/shuffle_4x3_image": moved[::5, ::5], "out/offset_6_image": (image * kept)[::3, ::3]}
+    outputs |= {"out/saliency_keep_bestTrue": stay[0], "out/saliency_keep_bestFalse": stay[1]}
+    words = {"out/shuffle_4x3_image": "img[0,0,::5,::5]", "out/offset_6_image": "img[0,0,::3,::3]"}
+    words |= {name: "patches kept visible; drop_lambda 0.7" for name in outputs if "saliency" in name}
+    agrees(rewrite(case, inputs, outputs, words=words))
+
+
+def test_calibration_has_other_bins():
+    case = golden("eval_core", "calibration")
+    case.entry["tests"] = "RMS calibration error (bins of 30 samples) and AURRA"
+    confidence = np.random.default_rng(1).random(170)
+    correct = (np.random.default_rng(2).random(170) < confidence**2).astype(np.int8)
+    order = np.argsort(confidence)
+    gaps = [abs(confidence[order[i : i + 30]].mean() - correct[order[i : i + 30]].mean()) for i in range(0, 120, 30)]
+    curve = [correct[order[::-1][:n]].mean() for n in range(1, 171)]
+    values = {"rms_calibration_error": float(np.sqrt(sum(30 / 170 * gap**2 for gap in gaps))),
+              "l1": float(sum(30 / 170 * gap for gap in gaps)), "aurra": float(np.mean(curve))}  # fmt: skip
+    agrees(rewrite(case, {"in/confidence": confidence, "in/correct": correct}, {}, values))
+
+
+def test_other_foregrounds_are_vulnerable():
+    case = golden("attmask", "adv_backgrounds")
+    arrays = dict(case.arrays)
+    keep = [3, 1]
+    case.params["class_to_super"] = {str(i): i % 3 - 1 for i in range(7)}
+    predictions = arrays["pred_per_background"][keep][:, :4]
+    case.params["fg_class"] = [int(predictions[0, 0]) % 3 - 1, 5]
+    mapped = np.array([i % 3 - 1 for i in range(7)])
+    wrong = [
+        bool((mapped[row] != label).any()) for row, label in zip(predictions, case.params["fg_class"], strict=True)
+    ]
+    case.__dict__["arrays"] = {"backgrounds": arrays["backgrounds"][:4], "foregrounds": arrays["foregrounds"][keep],
+                               "fg_masks": arrays["fg_masks"][keep], "pred_per_background": predictions}  # fmt: skip
+    case.entry["outputs"]["vulnerable"] = wrong
+    agrees(case)
+    predicted = golden("attmask", "in9_map")
+    predicted.entry["inputs"] = {"pred": [0, 160, 20, 171], "labels": [8, 0, 2, 0]}
+    predicted.entry["outputs"] = {"accuracy": 0.5, "percent_2dp": "50.00"}
+    assert judge(predicted, find_runner(predicted)).status == "ok"
+    for name, wrong in (("accuracy", 0.25), ("percent_2dp", "25.00")):
+        other = copied(predicted)
+        other.entry["outputs"][name] = wrong
+        assert judge(other, find_runner(other)).problems

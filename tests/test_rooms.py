@@ -25,6 +25,7 @@ ROOMS = {  # what the files of a room may import of ours, beside their own room
     "eval_video": {"evaluation", "models", "data"} | BENEATH,
     "eval_retrieval": {"evaluation", "models", "data"} | BENEATH,
     "eval_copy_detection": {"evaluation", "models", "data"} | BENEATH,
+    "eval_robustness": {"evaluation", "models", "data"} | BENEATH,
 }
 
 

@@ -7,6 +7,7 @@ import torch
 
 from data.preprocess import MEAN, STD
 from evaluation.attention import attention_maps
+from evaluation.classifier import combine
 from evaluation.features import Feature, class_token, multiscale
 from evaluation.linear_heads import heads_of
 from models.checkpoints import compare, load_tensors
@@ -124,6 +125,11 @@ def combined_checkpoint(case: Case) -> Iterator[tuple]:
     yield "load_missing", report.missing, case.params["load_missing"]
     linear = [name for name in report.ignored if name.startswith("linear.")]  # the original has them in its network
     yield "load_unexpected", [name for name in report.ignored if name not in linear], case.params["load_unexpected"]
+    made = combine(*(case.folder / name for name in case.extra_files if name != combined))
+    yield "combined_top_level_keys made here", list(made), list(file)
+    yield "combined_state_dict_keys made here", list(made["state_dict"]), list(file["state_dict"])
+    for name, tensor in file["state_dict"].items():
+        yield f"combined_state_dict_keys, {name}", made["state_dict"][name], tensor
     ((weight, bias),) = heads_of(file)
     blocks = weight.shape[1] // model.embed_dim  # class tokens of the last ones, side by side
     mean, std = (torch.tensor(values).to(case.dtype).view(3, 1, 1) for values in (MEAN, STD))  # float32 in the original
