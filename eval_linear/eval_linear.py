@@ -32,6 +32,8 @@ def get_args_parser() -> Parser:
     add_feature_arguments(group, n_last_blocks=4, several=True)
     add_head_argument(group)
     add = group.add_argument
+    add("--topk", default=None, nargs="+", type=int, help="instead: mean of so many patches that draw most attention")
+    add("--reverse_top", default=False, type=bool_flag, help="of those that draw least")
     add("--lr", default=None, nargs="+", type=float, help="at 256 images per step, scaled linearly; left out: 0.001")
     add(
         "--sweep_lr_only",
@@ -76,6 +78,8 @@ def get_args_parser() -> Parser:
 def check_arguments(args: argparse.Namespace) -> None:
     if args.lr is not None and args.sweep_lr_only is not None:
         raise UsageError("--sweep_lr_only brings its own learning rates: leave out --lr")
+    if args.reverse_top and not args.topk:
+        raise UsageError("--reverse_top: turns --topk round; pass that as well")
     for lr in args.lr or ():
         if not 0 < lr < math.inf:
             raise UsageError(f"--lr {lr:g}: must be positive")

@@ -1,5 +1,7 @@
 """Where a vision transformer looks: maps of the class token's attention, masks of what holds most of it, pictures."""
 
+import math
+
 import cv2
 import numpy as np
 import torch
@@ -50,6 +52,11 @@ def keep_mass(attention: torch.Tensor, threshold: float) -> torch.Tensor:
     cumulative = (values / values.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
     kept = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, cumulative > 1 - threshold)
     return kept.view_as(attention)
+
+
+def attention_entropy(attention: torch.Tensor) -> torch.Tensor:
+    """In bits, of every query's attention: (..., queries, keys) -> (..., queries)."""
+    return torch.special.entr(attention).sum(dim=-1) / math.log(2)
 
 
 def enlarge(maps: torch.Tensor, patch_size: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ have no row, and are told beside the features. No metric in here.
 """
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -50,6 +51,8 @@ class Feature(NamedTuple):
     | 2           | class tokens of the last n blocks, then the mean patch token of the last            | (n+1) * dim |
     | interleaved | class_0, mean_0, class_1, mean_1, ... of the last block: what DINO's heads expect   | 2 * dim     |
     | mean        | mean patch token of the last block after the final norm: Mugs's avgpool 1           | dim         |
+    | top<k>      | as 1, of the k patches that the class token attends to most (``part``): iBOT's parts | dim        |
+    | least<k>    | likewise, of those that it attends to least                                         | dim         |
 
     ``token``: which class token, of those that have two (UDI); "both" are one after the other, block by block.
     All but avgpool 1 after the final norm. A Swin's class token is the mean of its tokens, and ``dim`` differs between
@@ -63,6 +66,9 @@ class Feature(NamedTuple):
     def __str__(self) -> str:
         token = {"cls": "class token", "cls+": "second class token (cls+)", "both": "both class tokens"}[self.token]
         blocks = "the last block" if self.n_last_blocks == 1 else f"the last {self.n_last_blocks} blocks"
+        if self.part:
+            count, least = self.part
+            return f"mean of the {count} {'least' if least else 'most'} attended patch tokens of the last block"
         return {
             CLASS: f"{token} of {blocks}",
             MEAN: "mean patch token of the last block before the norm",
@@ -70,6 +76,12 @@ class Feature(NamedTuple):
             NORMALISED_MEAN: "mean patch token of the last block",
             INTERLEAVED: f"{token} and mean patch token of {blocks}, interleaved",
         }[self.avgpool]
+
+    @property
+    def part(self) -> tuple[int, bool] | None:
+        """Of how many patches, and whether these are the least attended ones; None where a feature is of all."""
+        match = re.fullmatch(r"(top|least)(\d+)", self.avgpool)
+        return match and (int(match[2]), match[1] == "least")
 
     def __call__(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         return token_features(model, images, [self])[0]
@@ -86,13 +98,24 @@ def token_features(model: nn.Module, images: torch.Tensor, features: Sequence[Fe
     if set(features) == {OUTPUT}:
         return [class_token(model, images)] * len(features)
     blocks = max(feature.n_last_blocks for feature in features)
+    parts = any(feature.part for feature in features)
+    if parts:
+        blocks = max(blocks, 2)  # their attention is made from what the last block is given
     if isinstance(model, VisionTransformer):
         unnormalised = model.get_intermediate_layers(images, blocks, norm=False)
         layers, last = [model.norm(tokens) for tokens in unnormalised], unnormalised[-1]
     else:
         layers = model.get_intermediate_layers(images, blocks)
         last = layers[-1]
-    return [pool_tokens(layers, last, feature, model.num_prefix_tokens) for feature in features]
+    prefix = model.num_prefix_tokens
+    if parts:
+        attention = model.attention_from(unnormalised[-2])[:, :, 0, prefix:]
+    return [
+        most_attended_mean(last[:, prefix:], attention, *feature.part)
+        if feature.part
+        else pool_tokens(layers, last, feature, prefix)
+        for feature in features
+    ]
 
 
 def pool_tokens(
@@ -118,6 +141,15 @@ def feature_widths(model: nn.Module, features: Sequence[Feature], crop_size: int
     image = torch.zeros(1, 3, crop_size, crop_size, device=device)
     with evaluating(model):
         return [feature.shape[1] for feature in token_features(model, image, features)]
+
+
+def most_attended_mean(patches: torch.Tensor, attention: torch.Tensor, topk: int, least: bool = False) -> torch.Tensor:
+    """Mean of the ``topk`` patches with most attention, mean over heads, or with the ``least``: iBOT's parts.
+
+    Patch tokens (batch, patches, dim), a class token's attention to them (batch, heads, patches) -> (batch, dim).
+    """
+    chosen = attention.mean(dim=1).topk(min(topk, patches.shape[1]), dim=1, largest=not least).indices
+    return patches.gather(1, chosen[..., None].expand(-1, -1, patches.shape[2])).mean(dim=1)
 
 
 def multiscale(

@@ -26,7 +26,7 @@ from evaluation.linear_run import (
     resume,
     save,
 )
-from evaluation.network import chosen_features, network_from_options
+from evaluation.network import chosen_features, network_from_options, part_features
 from evaluation.run import (
     labelled_batches,
     means_over_images,
@@ -45,7 +45,10 @@ LINES_EVERY = 20  # steps
 def build_run(args: argparse.Namespace, world: World) -> LinearRun:
     network = network_from_options(args)
     model = network.model.to(world.device).eval().requires_grad_(False)
-    features = chosen_features(network, args.n_last_blocks, args.avgpool_patchtokens, args.class_token)
+    if args.topk:
+        features = part_features(network, args.topk, args.reverse_top)
+    else:
+        features = chosen_features(network, args.n_last_blocks, args.avgpool_patchtokens, args.class_token)
     refresh_indices(args.refresh_index)
     images = open_train_and_test(place_from(args), args.subset, eval_data_path=args.eval_data_path)
     sets = Sets(images, reading_from(args), crop_and_resize(args, network), args.num_labels)

@@ -110,6 +110,16 @@ def chosen_features(
     return within_depth(network, features)
 
 
+def part_features(network: Network, counts: Sequence[int], least: bool) -> list[Feature]:
+    """Means of so many patches, those that the class token attends to most or least. Raises UsageError."""
+    depth = len(getattr(network.model, "blocks", ()))
+    if not hasattr(network.model, "attention_from") or depth < 2:
+        raise UsageError(f"--topk: {network.label} has no class token's attention to choose patches by; use a vit_*")
+    if min(counts) < 1:
+        raise UsageError(f"--topk {min(counts)}: must be at least 1 patch")
+    return [Feature(1, f"{'least' if least else 'top'}{count}") for count in dict.fromkeys(counts)]
+
+
 def within_depth(network: Network, features: Sequence[Feature]) -> list[Feature]:
     """The same features, of all blocks where they ask for more than a transformer of ours has; the log says so."""
     most = max(feature.n_last_blocks for feature in features)

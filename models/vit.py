@@ -344,7 +344,12 @@ class VisionTransformer(nn.Module):
         groups, x = [tokens.shape[:2]], tokens.flatten(0, 1)
         for block in self.blocks[:-1]:
             x = block(x, groups)
-        return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x), groups, queries)
+        return self.attention_from(x.view_as(tokens), queries)
+
+    def attention_from(self, tokens: torch.Tensor, queries: int | None = None) -> torch.Tensor:
+        """Attention of the last block, given what enters it (batch, tokens, dim): as ``get_last_selfattention``."""
+        last = self.blocks[-1]
+        return last.attn.weights(last.norm1(tokens.flatten(0, 1)), [tokens.shape[:2]], queries)
 
 
 def resampling_matrix(grid: tuple[int, int], size: tuple[int, int], exact: bool) -> torch.Tensor:

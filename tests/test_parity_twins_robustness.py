@@ -188,3 +188,81 @@ def test_other_foregrounds_are_vulnerable():
         other = copied(predicted)
         other.entry["outputs"][name] = wrong
         assert judge(other, find_runner(other)).problems
+
+
+def test_parts_are_of_another_number_of_patches():
+    case = golden("eval_core", "part_linear_feature")
+    case.params["topk"] = 3
+    tokens, attention = random(2, 8, 5, seed=1), random(2, 2, 8, 8, seed=2).softmax(dim=-1)
+    order = [sorted(range(7), key=lambda j, b=b: float(attention[b, :, 0, 1 + j].sum())) for b in range(2)]
+    expected = {f"out/feature_reverse{least}": torch.stack([tokens[b, 1:][places[:3] if least else places[-3:]].mean(0)
+                for b, places in enumerate(order)]) for least in (False, True)}  # fmt: skip
+    agrees(rewrite(case, {"in/tokens": tokens, "in/attention": attention}, expected))
+
+
+def test_views_correspond_on_other_grids_and_radii():
+    case = golden("eval_core", "correspondence")
+    case.params |= {"img_size": 42, "patch_size": 14, "eval_radius": [0, 2]}
+    corners = [
+        np.array([[0.0, 0.1, 0.5, 0.8], [0.2, 0.2, 0.9, 1.0]]),
+        np.array([[0.1, 0.9, 0.7, 0.3], [0.0, 0.0, 0.4, 0.4]]),
+    ]
+    centres = [np.array([[[c[0] + (c[2] - c[0]) * (i + 0.5) / 3, c[1] + (c[3] - c[1]) * (j + 0.5) / 3]
+               for i in range(3) for j in range(3)] for c in view]) for view in corners]  # fmt: skip
+    tokens = [random(2, 9, 4, seed=seed).numpy() for seed in (1, 2)]
+    overlap, match, true = np.zeros((2, 9), bool), np.zeros((2, 9), int), np.zeros((2, 9), int)
+    for b in range(2):
+        for i in range(9):
+            y, x = centres[0][b, i]
+            ys, xs = centres[1][b].T
+            overlap[b, i] = ys.min() - 1 / 6 <= y <= ys.max() + 1 / 6 and xs.min() - 1 / 6 <= x <= xs.max() + 1 / 6
+            match[b, i] = np.argmax([tokens[0][b, i] @ other for other in tokens[1][b]])
+            true[b, i] = np.argmin((ys - y) ** 2 + (xs - x) ** 2)
+    outputs = {"pos1": centres[0], "pos2": centres[1], "overlap": overlap, "match": match, "true_match": true}
+    for radius in (0, 2):
+        near = (abs(match // 3 - true // 3) <= radius) & (abs(match % 3 - true % 3) <= radius)
+        outputs[f"accuracy_radius{radius}"] = np.array(near[overlap].mean())
+    inputs = {
+        f"in/{kind}{i + 1}": v for kind, vs in (("tokens", tokens), ("corner", corners)) for i, v in enumerate(vs)
+    }
+    agrees(rewrite(case, inputs, {f"out/{name}": value for name, value in outputs.items()}))
+
+
+def test_mirrored_images_correspond_with_other_cells_and_pairs():
+    case = golden("esvit", "correspondence_measure")
+    case.params |= {"grid": 4, "cell": 16, "top_pairs": 5, "images": 2, "dim": 3}
+    arrays, rows = {}, []
+    for image in range(2):
+        first = random(16, 3, seed=image).numpy()
+        second = first.reshape(4, 4, 3)[:, ::-1].reshape(16, 3) + 0.3 * random(16, 3, seed=image + 9).numpy()
+        arrays |= {f"fea1_{image}": first, f"fea2_{image}": second}
+        cosines = (first @ second.T) / np.linalg.norm(first, axis=1)[:, None] / np.linalg.norm(second, axis=1)
+        match = cosines.argmax(1)
+        order = np.argsort(-cosines.max(1))
+        errors = []
+        for i in order[:5]:
+            x, y, other_x, other_y = (16 * k + 8 for k in (i % 4, i // 4, match[i] % 4, match[i] // 4))
+            errors.append(np.hypot(64 - x - other_x, y - other_y))
+        rows.append([np.mean(np.array(errors) == 0), np.mean(errors), cosines.max(1)[order[5]]])
+        arrays |= {f"match_{image}": match, f"order_{image}": order}
+    arrays |= {"per_image": np.array(rows), "average": np.mean(rows, axis=0)}
+    case.__dict__["arrays"] = arrays
+    case.entry["outputs"] = [{"key": name} for name in arrays if not name.startswith("fea")]
+    agrees(case)
+
+
+def test_attention_has_other_queries_heads_and_thresholds():
+    case = golden("esvit", "attention_analysis")
+    case.params |= {"query": 2, "threshold": 0.35, "grid": 3}
+    attention = (3 * random(1, 5, 9, 9, seed=4)).softmax(dim=-1).numpy()
+    bits = -(attention[0] * np.log2(attention[0])).sum(-1)
+    order = np.argsort(-bits[:, 2])
+    masks = np.zeros((5, 9), np.int8)
+    for row, head in enumerate(order):
+        mass = 0.0
+        for patch in np.argsort(-attention[0, head, 2]):
+            masks[row, patch] = mass < 0.35
+            mass += attention[0, head, 2, patch]
+    outputs = {"entropy_sorted": bits[order, 2], "entropy": bits[:, 2], "entropy_mean_over_queries": bits.mean(1)}
+    case.__dict__["arrays"] = {"attention": attention, **outputs, "head_order": order, "masks": masks.reshape(5, 3, 3)}
+    agrees(case)

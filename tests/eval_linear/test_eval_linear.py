@@ -13,6 +13,7 @@ from data.linear_views import StrongLinearViews
 from data.preprocess import MEAN, STD
 from eval_linear.eval_linear import main
 from evaluation import linear, sets
+from evaluation.features import Feature
 from evaluation.linear_heads import heads_of
 from lock import hold
 from models import build_backbone
@@ -321,6 +322,35 @@ def test_bad_options_end_in_one_line_and_exit_code_two(probe, tmp_path, argument
     assert code == 2 and error.count("\n") == 1, (said, error)
     assert all(word in error for word in words), error
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_parts_of_an_image_are_the_patches_that_draw_most_or_least_attention(probe, tmp_path):
+    torch.manual_seed(2)
+    model = build_backbone("vit_micro", 8, img_size=32).eval()
+    torch.save(model.state_dict(), tmp_path / "flat.pth")
+    options = ("--pretrained_weights", tmp_path / "flat.pth", "--topk", 1, 5, 99)
+    code, said, error = probe(*options, "--epochs", 1, "--lr", 0.1)
+    assert code == 0 and "linear heads: 3, on mean of the 1 most attended" in said, error
+    assert [head["avgpool_patchtokens"] for head in saved(tmp_path / "out")["tutelage"]["heads"]] == [
+        "top1", "top5", "top99"
+    ]  # fmt: skip
+    code, said, error = probe(*options, "--evaluate")
+    assert code == 0 and "a linear head on the mean of the" in said, error
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = model.get_intermediate_layers(images, 1, norm=False)[0][:, 1:]
+        attention = model.get_last_selfattention(images)[:, :, 0, 1:].mean(dim=1)
+        least, whole = (Feature(1, name)(model, images) for name in ("least3", "top99"))
+    order = attention.argsort(dim=1)[:, :3]
+    torch.testing.assert_close(least, torch.stack([t[o].mean(dim=0) for t, o in zip(tokens, order, strict=True)]))
+    torch.testing.assert_close(whole, tokens.mean(dim=1))
+    for words, message in (
+        (("--topk", 0), "--topk 0"),
+        (("--reverse_top", "true"), "--reverse_top"),
+        (("--arch", "resnet18", "--topk", 3), "--topk: resnet18 has no class token"),
+    ):
+        code, _, error = probe("--arch", "vit_micro", *words)
+        assert code == 2 and message in error and error.count("\n") == 1
 
 
 def test_poolings_have_the_names_of_both_originals(probe, tmp_path):

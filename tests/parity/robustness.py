@@ -8,7 +8,7 @@ import torch
 
 from data.preprocess import MEAN, STD
 from evaluation.attention import attention_maps
-from evaluation.features import Feature
+from evaluation.features import Feature, most_attended_mean
 from evaluation.imagenet_classes import imagenet_9
 from evaluation.linear_heads import heads_of
 from evaluation.robustness import (
@@ -147,8 +147,6 @@ def calibration(case: Case) -> Iterator[tuple]:
 
 
 def part_linear_feature(case: Case) -> Iterator[tuple]:
-    from evaluation.features import most_attended_mean
-
     tokens, attention = case.tensor("in/tokens"), case.tensor("in/attention")
     for label in case.names("out/feature_reverse"):
         found = most_attended_mean(tokens[:, 1:], attention[:, :, 0, 1:], case.params["topk"], label.endswith("True"))
