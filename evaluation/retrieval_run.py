@@ -15,7 +15,7 @@ from data.preprocess import MEAN, STD
 from data.revisited import COUNTS, open_revisited
 from data.source import Source
 from evaluation.features import Feature, extract_features, multiscale
-from evaluation.images import check_count, check_finite
+from evaluation.images import check_count, check_finite, settled
 from evaluation.network import chosen_features, network_from_options
 from evaluation.results import write_result
 from evaluation.retrieval import (
@@ -28,7 +28,6 @@ from evaluation.retrieval import (
     score,
     similarities,
 )
-from evaluation.unreadable import leave_out, refuse
 from models.checkpoints import Network
 from utils import UsageError, World, log
 
@@ -113,9 +112,7 @@ def features_of(
     """(images, dim); images that cannot be read are refused where they are ``needed``, left out where they are not."""
     options = {"batch_size": batch_size, "num_workers": args.num_workers, "device": world.device, "world": world}
     found, unreadable = extract_features(model, source, transform, feature=feature, **options)
-    if needed and unreadable:
-        refuse(source, [bad._replace(name=source.image_name(bad.index)) for bad in unreadable])
-    leave_out(source, unreadable)
+    settled(source, unreadable, skip=not needed)
     return check_finite(label, found)
 
 

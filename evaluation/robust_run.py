@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torchvision import transforms
 
-from data.datasets import open_source, testing_path
+from data.datasets import open_source
 from data.decode import BadImage, reading_from
 from data.pictures import save_picture, sheet
 from data.preprocess import eval_transform, to_pixels
@@ -17,6 +17,7 @@ from evaluation.attention import attention_maps
 from evaluation.classifier import classifier_from_options
 from evaluation.confidence import interval_of
 from evaluation.features import evaluating, labels_of, rows_of_images
+from evaluation.images import settled, test_place
 from evaluation.network import network_from_options
 from evaluation.results import write_result
 from evaluation.robustness import (
@@ -30,7 +31,6 @@ from evaluation.robustness import (
     shuffled,
     visible,
 )
-from evaluation.unreadable import Unreadable, leave_out, readable, refuse
 from models.checkpoints import Network
 from randomness import counted_uniforms
 from utils import UsageError, World, escape, log, make_folder
@@ -64,14 +64,11 @@ class Trial:
 
         options = {"batch_size": args.batch_size_per_gpu, "num_workers": args.num_workers, "device": device}
         found, unreadable = rows_of_images(of_batch, source, transform, world=self.world, **options)
-        bad = [Unreadable(image.index, source.image_name(image.index), image.reason) for image in unreadable]
-        if not args.skip_unreadable:
-            refuse(source, bad)
-        leave_out(source, bad)
-        self.unreadable += len(bad)
+        kept = settled(source, unreadable, args.skip_unreadable)
+        self.unreadable += len(unreadable)
         if not torch.isfinite(found).all():
             raise UsageError(f"{self.network.label}: answers that are not finite numbers; its weights are damaged")
-        return found.double(), readable(len(source), bad)
+        return found.double(), kept
 
     def show(self, *images: torch.Tensor) -> None:
         """Keep the first images of a batch, normalised, a column for every tensor, for ``--test_image``."""
@@ -92,11 +89,7 @@ class Trial:
 
 def open_test_images(args: argparse.Namespace, classes: int) -> Source:
     """The test images of --data_path, which have as many classes as the head. Raises UsageError."""
-    place = testing_path(args.data_path)
-    lone = [name for name in ("val", "test") if (Path(args.data_path) / name).is_dir()]
-    if place == args.data_path and lone:  # without a train/ beside it
-        place = str(Path(args.data_path) / lone[0])
-    source = open_source(place, split="val").read_as(reading_from(args))
+    source = open_source(test_place(args.data_path), split="val").read_as(reading_from(args))
     check_classes(source, classes)
     return source
 

@@ -26,6 +26,7 @@ ROOMS = {  # what the files of a room may import of ours, beside their own room
     "eval_retrieval": {"evaluation", "models", "data"} | BENEATH,
     "eval_copy_detection": {"evaluation", "models", "data"} | BENEATH,
     "eval_robustness": {"evaluation", "models", "data"} | BENEATH,
+    "eval_clustering": {"evaluation", "models", "data"} | BENEATH,
 }
 
 
