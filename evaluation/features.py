@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from data.datasets import BadImage, Source
@@ -150,19 +149,6 @@ def most_attended_mean(patches: torch.Tensor, attention: torch.Tensor, topk: int
     """
     chosen = attention.mean(dim=1).topk(min(topk, patches.shape[1]), dim=1, largest=not least).indices
     return patches.gather(1, chosen[..., None].expand(-1, -1, patches.shape[2])).mean(dim=1)
-
-
-def multiscale(
-    model: nn.Module, images: torch.Tensor, feature: Callable[[Callable, torch.Tensor], torch.Tensor] = class_token
-) -> torch.Tensor:
-    """Mean ``feature`` over the scales 1, 1/sqrt(2) and 1/2, for retrieval: (batch, dim).
-
-    parity: divided by the norm of the whole batch, which is a unit vector for one image at a time (DINO utils.py).
-    """
-    total = feature(model, images)
-    for scale in (2**-0.5, 0.5):
-        total = total + feature(model, F.interpolate(images, scale_factor=scale, mode="bilinear"))
-    return total / 3 / (total / 3).norm()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,16 +19,20 @@ _LAYER = re.compile(r"head\.mlp(?:\.(\d+))?\.(\w+)")
 
 
 class Prototypes(torch.nn.Module):
-    """Class tokens (batch, dim) -> logits (batch, prototypes). Raises UsageError where ``state`` holds no such head."""
+    """Tokens (..., dim) -> logits (..., prototypes). Raises UsageError where ``state`` holds no such head.
 
-    def __init__(self, state: Mapping[str, torch.Tensor], info: Info):
+    ``patches``: with the prototypes of patch tokens, where these have their own (iBOT).
+    """
+
+    def __init__(self, state: Mapping[str, torch.Tensor], info: Info, patches: bool = False):
         super().__init__()
         layers: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in state.items():
             if match := _LAYER.fullmatch(name):
                 layers.setdefault(int(match[1] or 0), {})[match[2]] = tensor.float()
         self.layers = [layers[number] for number in sorted(layers)]
-        self.last = _prototypes(state)
+        own = patches and any(name.startswith("head.last_layer2.") for name in state)
+        self.last = _prototypes(state, "last_layer2" if own else "last_layer")
         linear = [layer["weight"].shape for layer in self.layers if layer.get("weight", torch.empty(0)).ndim == 2]
         widths = [*linear, *([self.last.shape] if self.last is not None else [])]
         if not linear or any(a[0] != b[1] for a, b in itertools.pairwise(widths)):
@@ -42,7 +46,8 @@ class Prototypes(torch.nn.Module):
             if layer["weight"].ndim == 2:
                 x = F.linear(x, layer["weight"], layer.get("bias"))
             elif "running_mean" in layer:
-                x = F.batch_norm(x, layer["running_mean"], layer["running_var"], layer["weight"], layer["bias"])
+                statistics = [layer[name] for name in ("running_mean", "running_var", "weight", "bias")]
+                x = F.batch_norm(x.flatten(0, -2), *statistics).view_as(x)
             else:
                 x = F.layer_norm(x, x.shape[-1:], layer["weight"], layer["bias"])
             following = self.layers[number + 1 : number + 2]
@@ -51,13 +56,14 @@ class Prototypes(torch.nn.Module):
         return x if self.last is None else F.normalize(x, dim=-1) @ self.last.to(x.device).T
 
 
-def _prototypes(state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+def _prototypes(state: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor | None:
     """Rows (prototypes, dim) of the last layer, by any of the names that weight norms have."""
     for norms, rows in (
-        ("head.last_layer.weight_g", "head.last_layer.weight_v"),
-        ("head.last_layer.parametrizations.weight.original0", "head.last_layer.parametrizations.weight.original1"),
+        ("weight_g", "weight_v"),
+        ("parametrizations.weight.original0", "parametrizations.weight.original1"),
     ):
-        if norms in state and rows in state:
-            return F.normalize(state[rows].float(), dim=1) * state[norms].float().view(-1, 1)
-    weight = state.get("head.last_layer.weight")
+        norms, rows = (state.get(f"head.{layer}.{name}") for name in (norms, rows))
+        if norms is not None and rows is not None:
+            return F.normalize(rows.float(), dim=1) * norms.float().view(-1, 1)
+    weight = state.get(f"head.{layer}.weight")
     return None if weight is None else weight.float()

@@ -1,14 +1,17 @@
-"""Scores of retrieval, and descriptors of copies: pure functions of features, ranks and lists of what is relevant.
+"""Scores of retrieval, and descriptors of images and copies: pure functions.
 
 Revisited Oxford and Paris (Radenović et al., 1803.11285) as DINO scores them, and Copydays (Douze et al. 2009).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from evaluation.features import class_token
 
 KS = (1, 5, 10)  # precisions are quoted at
 GEM_POWER, GEM_EPS = 4, 1e-6
@@ -81,6 +84,19 @@ def score(
 
 def _joined(query: Mapping[str, Sequence[int]], names: Sequence[str]) -> np.ndarray:
     return np.concatenate([np.asarray(query[name], dtype=np.int64).ravel() for name in names])
+
+
+def multiscale(
+    model: nn.Module, images: torch.Tensor, feature: Callable[[Callable, torch.Tensor], torch.Tensor] = class_token
+) -> torch.Tensor:
+    """Mean ``feature`` over the scales 1, 1/sqrt(2) and 1/2, for retrieval: (batch, dim).
+
+    parity: divided by the norm of the whole batch, which is a unit vector for one image at a time (DINO utils.py).
+    """
+    total = feature(model, images)
+    for scale in (2**-0.5, 0.5):
+        total = total + feature(model, F.interpolate(images, scale_factor=scale, mode="bilinear"))
+    return total / 3 / (total / 3).norm()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from data.decode import BadImage, reading_from
 from data.preprocess import MEAN, STD
 from data.revisited import COUNTS, open_revisited
 from data.source import Source
-from evaluation.features import Feature, extract_features, multiscale
+from evaluation.features import Feature, extract_features
 from evaluation.images import check_count, check_finite, settled
 from evaluation.network import chosen_features, network_from_options
 from evaluation.results import write_result
@@ -24,6 +24,7 @@ from evaluation.retrieval import (
     Whitening,
     copies_mean_ap,
     copy_descriptor,
+    multiscale,
     rank,
     score,
     similarities,

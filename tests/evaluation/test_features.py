@@ -16,9 +16,9 @@ from evaluation.features import (
     evaluating,
     extract_features,
     gather_rows,
-    multiscale,
     token_features,
 )
+from evaluation.retrieval import multiscale
 from evaluation.unreadable import readable
 from models.vit import VisionTransformer
 from tests.sources import Stripes

@@ -8,8 +8,9 @@ import torch
 from data.preprocess import MEAN, STD
 from evaluation.attention import attention_maps
 from evaluation.classifier import combine
-from evaluation.features import Feature, class_token, multiscale
+from evaluation.features import Feature, class_token
 from evaluation.linear_heads import heads_of
+from evaluation.retrieval import multiscale
 from models.checkpoints import compare, load_tensors
 from models.layouts.names import plain_name
 from models.layouts.table import LAYOUTS
