@@ -4,8 +4,8 @@
     python visualize_patterns.py --pretrained_weights checkpoint.pth --data_path /imagenet/val --type cls --show_pics 20
 
 For the fullest clusters a picture ``c<type>_crank<rank>_cid<prototype>_top<topk>.png``: of every image the surest
-patch, tinted, in its surroundings, the surest image first; what is nearly black is left out. ``memory_<type>.pth`` holds
-the prototype and the logit of every place. iBOT (2111.07832, section 4.3); its extract_topk_cluster.py.
+patch, tinted, in its surroundings, the surest image first; what is nearly black is left out. ``memory_<type>.pth``
+holds the prototype and the logit of every place. iBOT (2111.07832, section 4.3); its extract_topk_cluster.py.
 """
 
 import argparse
