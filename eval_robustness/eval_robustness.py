@@ -72,6 +72,8 @@ def get_args_parser() -> Parser:
     add_resize(add)
     add("--masking_ratio", default=[0.3], nargs="+", type=float, help="shares of the patches; attention is shared")
     add("--test_image", action="store_true", help="draw what the first images became")
+    for name, kind in (("lr", float), ("epochs", int), ("val_freq", int), ("subset", int), ("num_labels", int)):
+        add(f"--{name}", default=None, type=kind, help="accepted and ignored: nothing is trained")
     add_attention(sub, "DINO's ViT-B/16")
 
     sub = command("combine", None, "a backbone and its linear head in one file")

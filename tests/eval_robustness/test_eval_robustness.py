@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from data.preprocess import eval_transform
-from eval_robustness.eval_robustness import main
+from eval_robustness.eval_robustness import get_args_parser, main
 from evaluation.features import Feature
 from evaluation.imagenet_classes import CORRUPTIONS, IMAGENET_9, IMAGENET_A, imagenet_9, numbers
 from models import build_backbone
@@ -208,6 +208,19 @@ def test_imagenet_c_is_one_pass_over_all_corruptions(scripts, tmp_path):
     (root / "fog" / "3").rename(tmp_path / "away")
     assert "fog/ has no severity 3" in scripts.refused(main, *options(tmp_path, "imagenet_c", data=root))
     assert "no <corruption>/" in scripts.refused(main, *options(tmp_path, "imagenet_c", data=tmp_path / "data"))
+
+
+def test_commands_of_the_original_are_understood():
+    parse = get_args_parser().parse_args
+    words = "--pretrained_weights x.pth --arch vit_small --patch_size 16 --checkpoint_key teacher --n_last_blocks 4"
+    words += " --avgpool_patchtokens 0 --load_from checkpoint_teacher_linear.pth --masking_ratio 0.7 --lr 0.005"
+    words += " --epochs 100 --data_path d --batch_size_per_gpu 30 --num_workers 4 --subset -1"
+    args = parse(["masked", *words.split()])
+    assert args.masking_ratio == [0.7] and args.load_from == "checkpoint_teacher_linear.pth"
+    words = "--checkpoint_pretraining a.pth --checkpoint_linear b.pth --output_file c.pth --checkpoint_key teacher"
+    assert parse(["combine", *words.split()]).checkpoint_backbone == "a.pth"
+    words = "--arch vit_small --pretrained_weights c.pth --data-path bg_challenge --batch_size 16"
+    assert parse(["backgrounds", *words.split()]).data_path == "bg_challenge"
 
 
 def test_bad_input_ends_in_one_line(scripts, tmp_path):
