@@ -47,7 +47,6 @@ SWITCHES = ("vis_attention", "vis_correspondence", "measure_correspondence")
 def get_args_parser() -> Parser:
     parser = Parser(prog="visualize_correspondence.py", description="Places of images that a network takes for one.")
     add_network_arguments(parser.add_argument_group("which network"))
-    parser.add_argument("--cfg", default=None, help="EsViT's, accepted and ignored: the checkpoint tells the network")
     parser.add_argument("--learning", default="ssl", help="EsViT's: anything but ssl reads the weights under `model`")
     group = parser.add_argument_group("which images")
     add = group.add_argument

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from evaluation.features import BOTH, CLASS, CLS, Feature, evaluating, token_features
+from evaluation.features import BOTH, CLASS, CLS, Feature, feature_widths
 from evaluation.linear_heads import heads_of
 from evaluation.network import network_from_options, pooling, within_depth
 from models.checkpoints import Network
@@ -73,9 +73,7 @@ def classifier_from_options(args: argparse.Namespace, world: World) -> Classifie
     head = read_head(path, network)
     feature = head.feature or usual_feature(args, network)
     size = network.arguments.get("img_size", 224)
-    images = torch.zeros(1, 3, size, size, device=world.device)
-    with evaluating(network.model), torch.no_grad():
-        width = token_features(network.model, images, [feature])[0].shape[1]
+    (width,) = feature_widths(network.model, [feature], size, world.device)
     if width != head.weight.shape[1]:
         raise UsageError(
             f"{path}: a head on features of width {head.weight.shape[1]}, but the {feature} of {network.label} has "

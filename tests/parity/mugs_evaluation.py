@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from evaluation.features import NORMALISED_MEAN, Feature, class_token, multiscale_class_token
+from evaluation.features import NORMALISED_MEAN, Feature, class_token
+from evaluation.retrieval import multiscale
 from methods.memory import Memory
 from methods.mugs import Mugs
 from models.checkpoints import load_tensors
@@ -85,7 +86,7 @@ def feature_of(case: Case, name: str, label: str) -> torch.Tensor:
             found = class_token(model, images)
             return F.normalize(found, dim=1) if feature == "knn_l2" else found
         if feature == "multi_scale":
-            return multiscale_class_token(model, images)
+            return multiscale(model, images)
         return chosen(FEATURE.fullmatch(feature))(model, images)
 
 
