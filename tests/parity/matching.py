@@ -28,7 +28,8 @@ def correspondence(case: Case) -> Iterator[tuple]:
     for radius in p["eval_radius"]:
         computed[f"accuracy_radius{radius}"] = matched_within(found, true, side, radius)[overlap].double().mean()
     for name, value in computed.items():
-        yield f"out/{name}", value, case.arrays[f"out/{name}"]
+        if f"out/{name}" in case.arrays:
+            yield f"out/{name}", value, case.arrays[f"out/{name}"]
 
 
 def mirror(case: Case) -> Iterator[tuple]:
@@ -53,6 +54,8 @@ def entropy(case: Case) -> Iterator[tuple]:
     computed = {"entropy": of_query, "entropy_sorted": of_query[order], "head_order": order}
     computed |= {"entropy_mean_over_queries": found.mean(dim=1), "masks": keep_mass(maps, p["threshold"])}
     for name, value in computed.items():
+        if name not in case.arrays:
+            continue
         yield name, value.to(torch.int8) if value.dtype == torch.bool else value, case.arrays[name]
 
 

@@ -20,6 +20,11 @@ def retrieval_map(case: Case) -> Iterator[tuple]:
         yield f"{name} mAP", found.mean_ap, expected["mAP"]
         yield f"{name} aps", found.aps, [np.nan if value is None else value for value in expected["aps"]]
         yield f"{name} mP_at_k", found.precisions, expected["mP_at_k"]
+    if case.names("out/thumbnail"):
+        yield from thumbnails(case)
+
+
+def thumbnails(case: Case) -> Iterator[tuple]:
     size = tuple(map(int, re.search(r"\(width,height\)=\((\d+),(\d+)\)", case.meaning("in/seed_image")).groups()))
     image = Image.fromarray(case.arrays["in/seed_image"]).resize(size, Image.BICUBIC)
     for name in case.names("out/thumbnail"):
@@ -31,9 +36,12 @@ def retrieval_map(case: Case) -> Iterator[tuple]:
 
 def copy_detection(case: Case) -> Iterator[tuple]:
     p = case.params
-    tokens = case.tensor("in/tokens")
-    yield "out/descriptor", copy_descriptor(tokens, 1, p["gem_p"], p["gem_eps"]), case.arrays["out/descriptor"]
-    whitening = Whitening(case.tensor("in/whitening_features"), p["whitening_power"])
+    if "out/descriptor" in case.arrays:
+        tokens = case.tensor("in/tokens")
+        yield "out/descriptor", copy_descriptor(tokens, 1, p["gem_p"], p["gem_eps"]), case.arrays["out/descriptor"]
+    whitening = None
+    if "in/whitening_features" in case.arrays:
+        whitening = Whitening(case.tensor("in/whitening_features"), p["whitening_power"])
     found = similarities(case.tensor("in/queries"), case.tensor("in/database"), whitening)
     yield "out/similarity", found, case.arrays["out/similarity"]
     for number, query in enumerate(case.value("average_precision")):
