@@ -36,7 +36,7 @@ from evaluation.correspondence import (
 )
 from evaluation.features import evaluating
 from evaluation.images import test_place
-from evaluation.network import add_network_arguments, network_from_options
+from evaluation.network import add_network_arguments, network_from_options, parse_network_args
 from models.checkpoints import Network
 from randomness import counted_seed
 from utils import Parser, UsageError, World, bool_flag, check_writable, escape, init_world, log, make_folder, run_cli
@@ -136,7 +136,7 @@ def saved_view(image: Image.Image, size: int) -> torch.Tensor:
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_network_args(get_args_parser())
     check_arguments(args)
     world = init_world(args.device)
     if args.learning != "ssl":

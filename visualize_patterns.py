@@ -20,7 +20,7 @@ from data.named import NamedFiles
 from data.source import Source
 from evaluation.features import class_token, evaluating
 from evaluation.images import add_loading_arguments, check_loading_arguments, test_place
-from evaluation.network import add_network_arguments, add_process_arguments, network_from_options
+from evaluation.network import add_network_arguments, add_process_arguments, network_from_options, parse_network_args
 from evaluation.patterns import draw_clusters, fill_bank
 from evaluation.prototypes import Prototypes
 from evaluation.sets import SKIP_HELP
@@ -67,7 +67,7 @@ def images_of(args: argparse.Namespace) -> Source:
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_network_args(get_args_parser())
     check_arguments(args)
     world = init_world(args.device, args.dist_url, args.backend)
     network = network_from_options(args)

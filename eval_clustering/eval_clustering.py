@@ -10,7 +10,13 @@ numbers: README.md in this folder.
 
 from evaluation.clustering_run import cluster
 from evaluation.images import add_loading_arguments, check_loading_arguments
-from evaluation.network import add_feature_arguments, add_network_arguments, add_process_arguments, of_every_key
+from evaluation.network import (
+    add_feature_arguments,
+    add_network_arguments,
+    add_process_arguments,
+    of_every_key,
+    parse_network_args,
+)
 from evaluation.sets import SKIP_HELP
 from utils import Parser, UsageError, init_world, keep_large_blocks, run_cli
 
@@ -42,7 +48,7 @@ def get_args_parser() -> Parser:
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_network_args(get_args_parser())
     check_loading_arguments(args)
     for name in ("clusters", "starts", "iterations"):
         value = getattr(args, name)

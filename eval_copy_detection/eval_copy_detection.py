@@ -7,7 +7,7 @@ INRIA Copydays. Published with DINO, ViT-B/8, strong copies: mAP 85.5. Protocol 
 """
 
 from evaluation.images import add_loading_arguments, check_loading_arguments
-from evaluation.network import add_network_arguments, add_process_arguments, of_every_key
+from evaluation.network import add_network_arguments, add_process_arguments, of_every_key, parse_network_args
 from evaluation.retrieval_run import detect_copies
 from utils import Parser, UsageError, init_world, keep_large_blocks, run_cli
 
@@ -29,7 +29,7 @@ def get_args_parser() -> Parser:
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_network_args(get_args_parser())
     check_loading_arguments(args)
     if args.neighbours < 1:
         raise UsageError(f"--neighbours {args.neighbours}: must be at least 1")

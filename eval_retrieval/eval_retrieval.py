@@ -9,7 +9,13 @@ Revisited Oxford and Paris (1803.11285). Published with DINO, ViT-S/16 on ImageN
 
 from data.revisited import COUNTS
 from evaluation.images import add_loading_arguments, check_loading_arguments
-from evaluation.network import add_feature_arguments, add_network_arguments, add_process_arguments, of_every_key
+from evaluation.network import (
+    add_feature_arguments,
+    add_network_arguments,
+    add_process_arguments,
+    of_every_key,
+    parse_network_args,
+)
 from evaluation.retrieval_run import retrieve
 from utils import Parser, bool_flag, init_world, keep_large_blocks, run_cli
 
@@ -32,7 +38,7 @@ def get_args_parser() -> Parser:
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_network_args(get_args_parser())
     check_loading_arguments(args)
     keep_large_blocks()
     world = init_world(args.device, args.dist_url, args.backend)

@@ -11,7 +11,8 @@ and published numbers: README.md in this folder.
 """
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 from evaluation.classifier import add_head_arguments, write_combined
 from evaluation.images import add_loading_arguments, check_loading_arguments
@@ -19,6 +20,7 @@ from evaluation.network import add_network_arguments, add_process_arguments
 from evaluation.robust_run import TENTHS, masked, occlusion, salience, shuffle
 from evaluation.robust_sets import backgrounds, challenge, imagenet_a, imagenet_c
 from evaluation.sets import SKIP_HELP
+from models.esvit_configs import words_of
 from utils import Parser, UsageError, bool_flag, init_world, keep_large_blocks, run_cli
 
 GRIDS = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (14, 14), (16, 16))
@@ -139,8 +141,18 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--attention_head {args.attention_head}: heads are counted from 0")
 
 
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line, with what --cfg says of the network among them."""
+    parser, argv = get_args_parser(), list(sys.argv[1:] if argv is None else argv)
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    if argv and argv[0] in commands.choices:
+        of_file, rest, arch = words_of(argv[1:], commands.choices[argv[0]]._option_string_actions)
+        argv = [argv[0], *of_file, *rest, *arch]
+    return parser.parse_args(argv)
+
+
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_arguments()
     if args.what == "combine":
         init_world("cpu")
         write_combined(args.checkpoint_backbone, args.checkpoint_linear, args.output_file, args.checkpoint_key)

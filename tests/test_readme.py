@@ -9,13 +9,18 @@ import yaml
 
 import evaluate
 import visualize_attention
+import visualize_correspondence as correspondence
 import visualize_neighbours
 import visualize_relative
 import visualize_tsne
+from eval_clustering import eval_clustering
+from eval_copy_detection import eval_copy_detection as copies
 from eval_detection import eval_detection
 from eval_finetuning import extract_backbone_weights_for_finetuning as extract
 from eval_knn import eval_knn
 from eval_linear import eval_linear
+from eval_retrieval import eval_retrieval
+from eval_robustness import eval_robustness
 from eval_segmentation import eval_segmentation
 from eval_semi_supervised import eval_semi_supervised as few_labels
 from eval_video import eval_video
@@ -27,11 +32,8 @@ from evaluation.transfer_options import get_args_parser as transfer_parser
 from training.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
-EVALUATIONS = [
-    f"eval_{name}/README.md"
-    for name in ("finetuning", "knn", "linear", "semi_supervised", "transfer", "video", "zero_shot")
-]
-EVALUATIONS += [f"eval_{name}/README.md" for name in ("segmentation", "detection")]
+NAMES = "clustering copy_detection detection finetuning knn linear retrieval robustness segmentation semi_supervised"
+EVALUATIONS = [f"eval_{name}/README.md" for name in f"{NAMES} transfer video zero_shot".split()]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", *EVALUATIONS, "benchmarks/RESULTS.md")]
 DOCUMENTS += sorted((ROOT / "configs").glob("*/README.md"))
 WRITTEN_BY_A_RUN = {"log.txt"}
@@ -79,6 +81,11 @@ def test_a_documented_command_parses(document, command):
         "visualize_attention.py": lambda argv: parse_network_args(visualize_attention.get_args_parser(), argv),
         "visualize_tsne.py": lambda argv: parse_network_args(visualize_tsne.get_args_parser(), argv),
         "visualize_neighbours.py": lambda argv: parse_network_args(visualize_neighbours.get_args_parser(), argv),
+        "visualize_correspondence.py": lambda argv: parse_network_args(correspondence.get_args_parser(), argv),
+        "eval_clustering/eval_clustering.py": lambda argv: parse_network_args(eval_clustering.get_args_parser(), argv),
+        "eval_copy_detection/eval_copy_detection.py": lambda argv: parse_network_args(copies.get_args_parser(), argv),
+        "eval_retrieval/eval_retrieval.py": lambda argv: parse_network_args(eval_retrieval.get_args_parser(), argv),
+        "eval_robustness/eval_robustness.py": eval_robustness.parse_arguments,
         "models.checkpoints": lambda argv: None,
         "check_parity.py": lambda argv: None,
     }

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from data.preprocess import eval_transform
-from eval_robustness.eval_robustness import get_args_parser, main
+from eval_robustness.eval_robustness import main, parse_arguments
 from evaluation.features import Feature
 from evaluation.imagenet_classes import CORRUPTIONS, IMAGENET_9, IMAGENET_A, imagenet_9, numbers
 from models import build_backbone
@@ -211,7 +211,7 @@ def test_imagenet_c_is_one_pass_over_all_corruptions(scripts, tmp_path):
 
 
 def test_commands_of_the_original_are_understood():
-    parse = get_args_parser().parse_args
+    parse = parse_arguments
     words = "--pretrained_weights x.pth --arch vit_small --patch_size 16 --checkpoint_key teacher --n_last_blocks 4"
     words += " --avgpool_patchtokens 0 --load_from checkpoint_teacher_linear.pth --masking_ratio 0.7 --lr 0.005"
     words += " --epochs 100 --data_path d --batch_size_per_gpu 30 --num_workers 4 --subset -1"
