@@ -7,6 +7,7 @@ from pathlib import Path
 from data.datasets import check_subset
 from data.decode import add_reading_arguments
 from data.published import place_from
+from evaluation.compared import add_compare_argument
 from evaluation.network import add_process_arguments
 from evaluation.sets import SKIP_HELP, add_path_arguments
 from utils import PRECISIONS, Parser, UsageError, check_writable
@@ -28,6 +29,7 @@ def get_args_parser(evaluation: str = "eval_finetuning") -> Parser:
     data = parser.add_argument_group("data and results")
     add_path_arguments(data)
     _add_data_and_results(data.add_argument)
+    add_compare_argument(data)
     add_reading_arguments(data)
     add_process_arguments(parser.add_argument_group("processes"))
     return parser

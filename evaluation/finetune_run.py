@@ -11,7 +11,7 @@ from data.published import DATASET_OPTIONS
 from evaluation.confidence import interval_of
 from evaluation.finetune_steps import Stepper
 from evaluation.results import write_result
-from evaluation.run import Run, log_before, notes, refuse_another_run, save_run, take_notes
+from evaluation.run import Run, compared_run, log_before, notes, refuse_another_run, save_run, take_notes
 from evaluation.unreadable import remark
 from models.safe_load import load_file
 from utils import UsageError, barrier, log, make_folder
@@ -23,6 +23,7 @@ FREE = {"data_path", "eval_data_path", "data_set", "output_dir", "log_dir", "num
 FREE |= {"local_rank", "backend", "finetune", "checkpoint_key", "model_key", "resume", "auto_resume", "dist_eval"}
 FREE |= {"save_ckpt_freq", "batch_size_per_gpu", "update_freq", "model", "patch_size", "window_size", "input_size"}
 FREE |= {"model_ema_force_cpu", "crop_pct", "skip_unreadable", "recipe", "evaluation", "target_list_path", "any_counts"}
+FREE |= {"compare"}
 FREE |= {*DATASET_OPTIONS, "refresh_index", "exif", "max_image_pixels"}  # they are in the fingerprints
 
 
@@ -162,5 +163,6 @@ def report(run: FinetuneRun) -> None:
     numbers["n_parameters"] = run.n_parameters
     numbers["interval"] = list(interval_of(best["acc1"], run.tested))
     if run.world.rank == 0:
+        numbers |= compared_run(run, run.args.evaluation)
         write_result(run.args, run.args.evaluation, run.network, run.sets, run.unreadable, numbers)
     log.info(f"Max accuracy: {best['acc1']:.2f}%{remark(run.unreadable)}")

@@ -112,6 +112,11 @@ def test_official_files_are_learnt_with_the_published_rates_and_a_run_is_continu
     code, said, error = tune(script, *options, "--warmup_epochs", 1, out="cut")
     assert code == 0 and "Epoch: [0]" not in said, error
     assert_same(saved(tmp_path / "cut", "checkpoint.pth")["model"], whole["model"])
+    right = [dict(np.load(tmp_path / o / "eval_transfer_finetuning_right.npz"))["top-1"] for o in ("out", "cut")]
+    assert np.array_equal(*right) and 100 * right[0].mean() == pytest.approx(result["numbers"]["top1"])
+    compare = ("--compare", tmp_path / "out" / "eval_transfer_finetuning_right.npz", "--eval")
+    code, said, error = tune(script, *options, "--warmup_epochs", 1, *compare, out="cut")
+    assert code == 0 and "+0.00" in said and "no difference is shown" in said, error
     for arguments, words in (
         ((*data[:4],), "20 images instead of the official 50000"),
         (("--data_set", "Cars"), "pass --data_path"),
