@@ -18,9 +18,11 @@ def add_compare_argument(parser: argparse._ActionsContainer) -> None:
 
 
 def check_compare(args: argparse.Namespace) -> None:
-    """Raise UsageError where there would be several networks here."""
+    """Raise UsageError where there would be several networks here, or --compare is no file that can be read."""
     if args.compare and "," in args.checkpoint_key:
         raise UsageError(f"--checkpoint_key {args.checkpoint_key}: --compare is for one network; pass one key")
+    if args.compare:
+        _read(Path(args.compare))
 
 
 def compared(

@@ -7,7 +7,7 @@ from pathlib import Path
 from data.datasets import check_subset
 from data.decode import add_reading_arguments
 from data.published import place_from
-from evaluation.compared import add_compare_argument
+from evaluation.compared import add_compare_argument, check_compare
 from evaluation.network import add_process_arguments
 from evaluation.sets import SKIP_HELP, add_path_arguments
 from utils import PRECISIONS, Parser, UsageError, check_writable
@@ -176,4 +176,5 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--warmup_epochs {args.warmup_epochs}: longer than --epochs {args.epochs}; lower it")
     if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size_per_gpu % 2:
         raise UsageError(f"--batch_size {args.batch_size_per_gpu}: images are mixed in pairs, so it has to be even")
+    check_compare(args)
     check_writable(Path(args.output_dir))
