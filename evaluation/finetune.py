@@ -14,7 +14,7 @@ from data.loader import steps_per_epoch
 from data.mixing import build_mixup, mix
 from data.preprocess import MEAN, STD, eval_transform
 from data.repeated import images_used
-from evaluation.deit import lagged_rates
+from evaluation.deit import distilled, lagged_rates, supervised_teacher
 from evaluation.finetune_network import build_network
 from evaluation.finetune_options import DEIT
 from evaluation.finetune_run import FinetuneRun, load_to_test, open_writer, report, resume, save, write_scalars
@@ -96,6 +96,10 @@ def build_run(args: argparse.Namespace, world: World) -> FinetuneRun:
         start=start,
     )
     log.info(f"{run.n_parameters / 1e6:.2f} M parameters, {images} images per step, {niter} steps per epoch")
+    if getattr(args, "teacher_path", "") and not args.eval:
+        teacher = supervised_teacher(args.teacher_model, args.teacher_path, sets.classes)
+        run.teacher = teacher.to(world.device, batch_dtype(args.precision))
+        log.info(f"teacher: {args.teacher_model}, {args.teacher_path}, {args.distillation_type}")
     if args.model_ema:
         run.ema = weight_average(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
     if world.size > 1 and not args.eval:
@@ -226,10 +230,18 @@ def loss_of(run: FinetuneRun, piece: dict, labels: torch.Tensor, iteration: int)
         seed_dropout(args.seed, iteration, first)
     with autocast(args.precision, run.world.device):
         logits = run.model(images, draws)
+        said = None
+        if run.teacher is not None:
+            with torch.no_grad():
+                said = run.teacher(images)
     correct = torch.zeros((), device=logits.device)
     if run.mixup is None:
         correct = (logits.argmax(dim=1) == labels).sum()
-    return soft_cross_entropy(logits, targets), correct
+    if said is None:
+        return soft_cross_entropy(logits, targets), correct
+    logits, said = (t if t.dtype == torch.float64 else t.float() for t in (logits, said))
+    kind = (args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    return distilled(logits, targets, logits, said, *kind), correct
 
 
 def show(run: FinetuneRun, epoch: int, step: int, loss: float, norm: float, rate: float) -> None:
