@@ -1,6 +1,8 @@
 """Which test images a network gets right, kept in a file, so that two networks are compared on the same images."""
 
 import argparse
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -79,7 +81,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         images = np.broadcast_to(arrays.pop(IMAGES), len(arrays)).tolist()
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         reason = getattr(error, "strerror", None) or "not a file that these evaluations write"
         raise UsageError(f"--compare {path}: {reason}") from error
     return arrays, dict(zip(arrays, map(str, images), strict=True))
