@@ -12,17 +12,18 @@ k = 20. Protocol and more numbers: README.md in this folder.
 import argparse
 
 from data.datasets import ALL
-from evaluation.compared import COMPARE_HELP
+from evaluation.compared import add_compare_argument, check_compare
 from evaluation.knn_run import evaluate, evaluate_low_shot
 from evaluation.network import (
     add_feature_arguments,
     add_head_argument,
     add_network_arguments,
     add_process_arguments,
+    of_every_key,
     parse_network_args,
 )
 from evaluation.sets import add_data_arguments, check_common_arguments
-from utils import Parser, UsageError, bool_flag, init_world, keep_large_blocks, log, run_cli
+from utils import Parser, UsageError, bool_flag, init_world, keep_large_blocks, run_cli
 
 
 def get_args_parser() -> Parser:
@@ -52,11 +53,12 @@ def get_args_parser() -> Parser:
     add("--low_shot", action="store_true", help="1, 5, 10 and 20 images per class, five banks of each (AttMask)")
     add("--use_cuda", default=True, type=bool_flag, help="compare features on the GPU, if there is one")
     add("--baselines", action="store_true", help="also test raw pixels, a colour histogram and the untrained network")
-    add = parser.add_argument_group("results").add_argument
+    group = parser.add_argument_group("results")
+    add = group.add_argument
     add("--dump_features", default=None, metavar="DIR", help="keep the features here, and use them if they are there")
     add("--load_features", default=None, metavar="DIR", help="use the features kept here, or stop if they are others")
     add("--feature_cache", default=None, metavar="DIR", help="features of all evaluations, each extracted once")
-    add("--compare", default=None, metavar="FILE", help=COMPARE_HELP)
+    add_compare_argument(group)
     add("--output_dir", default=".", help="where eval_knn.json is written")
     add_process_arguments(parser.add_argument_group("processes"))
     return parser
@@ -75,8 +77,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--feature_cache keeps the features itself; leave out --dump_features and --load_features")
     if args.low_shot and (args.subset not in (None, ALL) or args.baselines or args.compare):
         raise UsageError("--low_shot brings its own subsets: leave out --subset, --baselines and --compare")
-    if "," in args.checkpoint_key and args.compare:
-        raise UsageError(f"--checkpoint_key {args.checkpoint_key}: --compare is for one network; pass one key")
+    check_compare(args)
     if "," in args.checkpoint_key and (args.dump_features or args.load_features):
         raise UsageError(f"--checkpoint_key {args.checkpoint_key}: features are kept of one network; pass one key")
     check_common_arguments(args)
@@ -87,12 +88,8 @@ def main() -> None:
     check_arguments(args)
     keep_large_blocks()
     world = init_world(args.device, args.dist_url, args.backend)
-    keys = args.checkpoint_key.split(",")
-    for number, key in enumerate(keys):
-        if len(keys) > 1:
-            log.info(f"checkpoint key: {key}")
-        of_key = argparse.Namespace(**{**vars(args), "checkpoint_key": key})
-        (evaluate_low_shot if args.low_shot else evaluate)(of_key, world, append=number > 0)
+    for of_key, append in of_every_key(args):
+        (evaluate_low_shot if args.low_shot else evaluate)(of_key, world, append)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ here.
 import argparse
 import math
 
+from evaluation.compared import add_compare_argument, check_compare
 from evaluation.linear import build_run, evaluate, train
 from evaluation.linear_run import SWEEPS, report
 from evaluation.network import (
@@ -69,7 +70,9 @@ def get_args_parser() -> Parser:
     add(
         "--pretrained_linear", default=None, metavar="FILE", help="the head; left out: --pretrained_weights', the run's"
     )
-    add = parser.add_argument_group("results").add_argument
+    group = parser.add_argument_group("results")
+    add_compare_argument(group)
+    add = group.add_argument
     add("--output_dir", default=".", help="for log.txt, checkpoints and eval_linear.json; a run there is continued")
     add_process_arguments(parser.add_argument_group("processes"))
     return parser
@@ -91,6 +94,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} {value}: must be at least 1")
     if args.pretrained_linear and not args.evaluate:
         raise UsageError("--pretrained_linear is a head to be tested: add --evaluate")
+    check_compare(args)
     check_common_arguments(args)
 
 

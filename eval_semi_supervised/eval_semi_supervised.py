@@ -11,22 +11,26 @@ labels, ViT-S/16: iBOT 65.9, Mugs 66.9 % top-1. Protocol and more numbers: READM
 import argparse
 import math
 
-from evaluation.compared import COMPARE_HELP
+from evaluation.compared import add_compare_argument, check_compare
 from evaluation.few_labels import evaluate
 from evaluation.network import (
     add_feature_arguments,
+    add_head_argument,
     add_network_arguments,
     add_process_arguments,
+    of_every_key,
     parse_network_args,
 )
 from evaluation.sets import add_data_arguments, check_common_arguments
-from utils import Parser, UsageError, bool_flag, init_world, keep_large_blocks, log, run_cli
+from utils import Parser, UsageError, bool_flag, init_world, keep_large_blocks, run_cli
 
 
 def get_args_parser() -> Parser:
     parser = Parser(prog="eval_semi_supervised.py", description="Logistic regression with few labels.")
     add_network_arguments(parser.add_argument_group("what is evaluated"))
-    add_feature_arguments(parser.add_argument_group("feature"), n_last_blocks=1)
+    group = parser.add_argument_group("feature")
+    add_feature_arguments(group, n_last_blocks=1)
+    add_head_argument(group)
     data = parser.add_argument_group("data")
     add_data_arguments(data)
     data.add_argument(
@@ -42,8 +46,9 @@ def get_args_parser() -> Parser:
     )
     add("--epochs", default=100, type=int, help="accepted and ignored: the optimum is found")
     add("--it0", default=10, type=int, help="accepted and ignored")
-    add = parser.add_argument_group("results").add_argument
-    add("--compare", default=None, metavar="FILE", help=COMPARE_HELP)
+    group = parser.add_argument_group("results")
+    add_compare_argument(group)
+    add = group.add_argument
     add("--feature_cache", default=None, metavar="DIR", help="kept features; left out: features/ in --output_dir")
     add("--output_dir", default=".", help="where eval_semi_supervised.json is written")
     add_process_arguments(parser.add_argument_group("processes"))
@@ -56,6 +61,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UsageError(f"--lr_lambd {value:g}: must be positive")
     if len(set(args.lr_lambd)) < len(args.lr_lambd):
         raise UsageError(f"--lr_lambd {' '.join(map(str, args.lr_lambd))}: pass every value once")
+    check_compare(args)
     check_common_arguments(args)
 
 
@@ -64,11 +70,8 @@ def main() -> None:
     check_arguments(args)
     keep_large_blocks()
     world = init_world(args.device, args.dist_url, args.backend)
-    keys = args.checkpoint_key.split(",")
-    for number, key in enumerate(keys):
-        if len(keys) > 1:
-            log.info(f"checkpoint key: {key}")
-        evaluate(argparse.Namespace(**{**vars(args), "checkpoint_key": key}), world, append=number > 0)
+    for of_key, append in of_every_key(args):
+        evaluate(of_key, world, append)
 
 
 if __name__ == "__main__":

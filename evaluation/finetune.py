@@ -14,7 +14,7 @@ from data.loader import steps_per_epoch
 from data.mixing import build_mixup, mix
 from data.preprocess import MEAN, STD, eval_transform
 from data.repeated import images_used
-from evaluation.deit import lagged_rates
+from evaluation.deit import distilled, lagged_rates, supervised_teacher
 from evaluation.finetune_network import build_network
 from evaluation.finetune_options import DEIT
 from evaluation.finetune_run import FinetuneRun, load_to_test, open_writer, report, resume, save, write_scalars
@@ -27,9 +27,11 @@ from evaluation.finetune_steps import (
     weight_average,
 )
 from evaluation.run import (
+    all_hits,
     conduct,
     labelled_batches,
     means_over_images,
+    no_hits,
     see_test_images,
     tell_replaced,
     tested_or_saved,
@@ -94,6 +96,10 @@ def build_run(args: argparse.Namespace, world: World) -> FinetuneRun:
         start=start,
     )
     log.info(f"{run.n_parameters / 1e6:.2f} M parameters, {images} images per step, {niter} steps per epoch")
+    if getattr(args, "teacher_path", "") and not args.eval:
+        teacher = supervised_teacher(args.teacher_model, args.teacher_path, sets.classes)
+        run.teacher = teacher.to(world.device, batch_dtype(args.precision))
+        log.info(f"teacher: {args.teacher_model}, {args.teacher_path}, {args.distillation_type}")
     if args.model_ema:
         run.ema = weight_average(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
     if world.size > 1 and not args.eval:
@@ -161,7 +167,7 @@ def end_epoch(run: FinetuneRun, epoch: int, line: dict, lines: list[dict]) -> No
     if not run.args.disable_eval_during_finetuning or epoch == run.args.epochs - 1:
         run.untested = line
         tested = tested_or_saved(lambda: test(run), lambda: save(run, epoch, lines, is_best=False))
-        run.untested, improved = None, judge(run, epoch, tested)
+        run.untested, improved = None, judge(run, epoch, *tested)
         line = line | {f"test_{name}": value for name, value in run.last.items()}
         write_scalars(run, (epoch + 1) * run.niter, {f"perf/test_{name}": run.last[name] for name in run.last})
     lines.append(line | {"epoch": epoch, "n_parameters": run.n_parameters})
@@ -224,10 +230,18 @@ def loss_of(run: FinetuneRun, piece: dict, labels: torch.Tensor, iteration: int)
         seed_dropout(args.seed, iteration, first)
     with autocast(args.precision, run.world.device):
         logits = run.model(images, draws)
+        said = None
+        if run.teacher is not None:
+            with torch.no_grad():
+                said = run.teacher(images)
     correct = torch.zeros((), device=logits.device)
     if run.mixup is None:
         correct = (logits.argmax(dim=1) == labels).sum()
-    return soft_cross_entropy(logits, targets), correct
+    if said is None:
+        return soft_cross_entropy(logits, targets), correct
+    logits, said = (t if t.dtype == torch.float64 else t.float() for t in (logits, said))
+    kind = (args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    return distilled(logits, targets, logits, said, *kind), correct
 
 
 def show(run: FinetuneRun, epoch: int, step: int, loss: float, norm: float, rate: float) -> None:
@@ -245,27 +259,30 @@ def show(run: FinetuneRun, epoch: int, step: int, loss: float, norm: float, rate
 
 
 @torch.no_grad()
-def test(run: FinetuneRun) -> dict:
-    """Mean loss over the test images, top-1 and (from five classes on) top-5 accuracy in percent; every image once."""
+def test(run: FinetuneRun) -> tuple[dict, torch.Tensor]:
+    """Mean loss over the test images, top-1 and (from five classes on) top-5 accuracy in percent, every image once;
+    and which of this process's share are right (test images,).
+    """
     args, device, model = run.args, run.world.device, run.network.model.eval()
     transform = test_transform(run)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for images, labels in labelled_batches(run, transform, int(1.5 * args.batch_size_per_gpu)):
+    sums, hits = torch.zeros(3, dtype=torch.float64, device=device), no_hits(run)
+    for indices, images, labels in labelled_batches(run, transform, int(1.5 * args.batch_size_per_gpu)):
         with autocast(args.precision, device):
             logits = model(images.to(batch_dtype(args.precision)))
         sums[0] += F.cross_entropy(logits.double(), labels, reduction="sum")
         found = logits.topk(min(5, run.sets.classes)).indices == labels[:, None]
+        hits[indices.to(device)] = found[:, 0].to(hits.dtype)
         sums[1] += found[:, 0].sum()
         sums[2] += found.sum()
-    return {name: float(value) for name, value in means_over_images(run, sums).items()}
+    return {name: float(value) for name, value in means_over_images(run, sums).items()}, hits
 
 
-def judge(run: FinetuneRun, epoch: int, tested: dict) -> bool:
+def judge(run: FinetuneRun, epoch: int, tested: dict, hits: torch.Tensor) -> bool:
     """Keep this epoch if it beats the best so far; whether it does."""
     run.last = tested
     improved = run.best is None or tested["acc1"] > run.best["acc1"]
     if improved:
-        run.best = {"epoch": epoch, **tested}
+        run.best, run.right = {"epoch": epoch, **tested}, all_hits(run, hits)
     log.info(
         f"Accuracy at epoch {epoch} of the network on the {run.tested} test images: {tested['acc1']:.1f}%; "
         f"max accuracy so far: {run.best['acc1']:.2f}%"
@@ -276,6 +293,6 @@ def judge(run: FinetuneRun, epoch: int, tested: dict) -> bool:
 def evaluate(run: FinetuneRun) -> None:
     """Test what was trained before."""
     path = load_to_test(run)
-    judge(run, -1, test(run))
+    judge(run, -1, *test(run))
     run.best["epoch"] = None
     log.info(f"{path}: {run.best['acc1']:.1f}% of {run.tested} test images")

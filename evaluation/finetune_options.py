@@ -7,6 +7,8 @@ from pathlib import Path
 from data.datasets import check_subset
 from data.decode import add_reading_arguments
 from data.published import place_from
+from evaluation.compared import add_compare_argument, check_compare
+from evaluation.deit import add_distillation_arguments, check_distillation
 from evaluation.network import add_process_arguments
 from evaluation.sets import SKIP_HELP, add_path_arguments
 from utils import PRECISIONS, Parser, UsageError, check_writable
@@ -28,6 +30,7 @@ def get_args_parser(evaluation: str = "eval_finetuning") -> Parser:
     data = parser.add_argument_group("data and results")
     add_path_arguments(data)
     _add_data_and_results(data.add_argument)
+    add_compare_argument(data)
     add_reading_arguments(data)
     add_process_arguments(parser.add_argument_group("processes"))
     return parser
@@ -51,6 +54,7 @@ def get_deit_parser(evaluation: str) -> Parser:
     add("--finetune_head_layer", default=0, type=int, choices=range(4), help=kept)
     add("--target_list_path", default=None, metavar="FILE", help="names of the training images, one a line; out: all")
     add("--any_counts", action="store_true", help="accept other numbers of images than the published ones")
+    add_distillation_arguments(parser.add_argument_group("a supervised teacher"))
     return parser
 
 
@@ -160,6 +164,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} {value:g}: must not be negative")
     if args.recipe == DEIT and not 0 <= args.warmup_lr < math.inf:
         raise UsageError(f"--warmup_lr {args.warmup_lr:g}: must not be negative")
+    if args.recipe == DEIT:
+        check_distillation(args)
     if args.data_set in LABELLED and (args.data_path is None or args.subset or args.eval_data_path):
         raise UsageError(f"--data_set {args.data_set}: pass --data_path, without --subset and --eval_data_path")
     if args.recipe == DEIT and (args.finetune_head_layer and not args.finetune):
@@ -174,4 +180,5 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--warmup_epochs {args.warmup_epochs}: longer than --epochs {args.epochs}; lower it")
     if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size_per_gpu % 2:
         raise UsageError(f"--batch_size {args.batch_size_per_gpu}: images are mixed in pairs, so it has to be even")
+    check_compare(args)
     check_writable(Path(args.output_dir))

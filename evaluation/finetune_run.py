@@ -11,8 +11,9 @@ from data.published import DATASET_OPTIONS
 from evaluation.confidence import interval_of
 from evaluation.finetune_steps import Stepper
 from evaluation.results import write_result
-from evaluation.run import Run, log_before, notes, refuse_another_run, save_run, take_notes
+from evaluation.run import Run, compared_run, log_before, notes, refuse_another_run, save_run, take_notes
 from evaluation.unreadable import remark
+from models.checkpoints import weights_hash
 from models.safe_load import load_file
 from utils import UsageError, barrier, log, make_folder
 
@@ -23,6 +24,8 @@ FREE = {"data_path", "eval_data_path", "data_set", "output_dir", "log_dir", "num
 FREE |= {"local_rank", "backend", "finetune", "checkpoint_key", "model_key", "resume", "auto_resume", "dist_eval"}
 FREE |= {"save_ckpt_freq", "batch_size_per_gpu", "update_freq", "model", "patch_size", "window_size", "input_size"}
 FREE |= {"model_ema_force_cpu", "crop_pct", "skip_unreadable", "recipe", "evaluation", "target_list_path", "any_counts"}
+FREE |= {"compare", "teacher_path"}
+TEACHERS = {"distillation_type", "distillation_alpha", "distillation_tau", "teacher_model"}
 FREE |= {*DATASET_OPTIONS, "refresh_index", "exif", "max_image_pixels"}  # they are in the fingerprints
 
 
@@ -35,6 +38,7 @@ class FinetuneRun(Run):
     weight_decay: list[float]
     mixup: Callable | None = None
     ema: nn.Module | None = None
+    teacher: nn.Module | None = None  # supervised, of DeiT's distillation
     start: str = ""  # what the weights at the start were
     last: dict | None = None  # the latest test
     writer: object = None  # TensorBoard
@@ -58,7 +62,9 @@ def options_of_trajectory(run: FinetuneRun) -> dict:
     }
     if run.mixup is not None:
         options["images mixed with each other"] = args.batch_size_per_gpu
-    return options | {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in FREE}
+    options["teacher"] = run.teacher and weights_hash(run.teacher)[:16]
+    free = FREE if run.teacher else FREE | TEACHERS  # so that runs before these options can be continued
+    return options | {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in free}
 
 
 def save(run: FinetuneRun, epoch: int, lines: list[dict], is_best: bool) -> None:
@@ -162,5 +168,6 @@ def report(run: FinetuneRun) -> None:
     numbers["n_parameters"] = run.n_parameters
     numbers["interval"] = list(interval_of(best["acc1"], run.tested))
     if run.world.rank == 0:
+        numbers |= compared_run(run, run.args.evaluation)
         write_result(run.args, run.args.evaluation, run.network, run.sets, run.unreadable, numbers)
     log.info(f"Max accuracy: {best['acc1']:.2f}%{remark(run.unreadable)}")

@@ -28,8 +28,10 @@ from evaluation.linear_run import (
 )
 from evaluation.network import chosen_features, network_from_options, part_features
 from evaluation.run import (
+    all_hits,
     labelled_batches,
     means_over_images,
+    no_hits,
     see_test_images,
     tell_replaced,
     tested_or_saved,
@@ -95,7 +97,8 @@ def end_epoch(run: LinearRun, epoch: int, losses: list[float], lines: list[dict]
     if epoch % run.args.val_freq == 0 or epoch == run.args.epochs - 1:
         run.untested = losses
         tests = tested_or_saved(lambda: test(run), lambda: save(run, epoch + 1, lines, is_best=False))
-        run.untested, improved = None, judge(run, epoch, tests)
+        run.untested, improved = None, judge(run, epoch, *tests)
+        tests, _ = tests
     lines.append(log_line(run, epoch, losses, tests))
     save(run, epoch + 1, lines, is_best=improved)
 
@@ -133,17 +136,22 @@ def features_of(run: LinearRun, piece: dict) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def test(run: LinearRun) -> list[dict]:
-    """Of every head: mean loss over the test images, top-1 and (from five classes on) top-5 accuracy in percent."""
+def test(run: LinearRun) -> tuple[list[dict], torch.Tensor]:
+    """Of every head: mean loss over the test images, top-1 and (from five classes on) top-5 accuracy in percent; and
+    which images of this process's share it gets right (heads, test images).
+    """
     transform = eval_transform(run.sets.crop_size, run.sets.resize_size)
     sums = torch.zeros(3, len(run.probe), dtype=torch.float64, device=run.world.device)
-    for images, labels in labelled_batches(run, transform, run.args.batch_size_per_gpu):
-        sums += run.probe.test(token_features(run.network.model, images, run.features), labels)
+    hits = no_hits(run, len(run.probe))
+    for indices, images, labels in labelled_batches(run, transform, run.args.batch_size_per_gpu):
+        found, right = run.probe.test(token_features(run.network.model, images, run.features), labels)
+        sums += found
+        hits[:, indices.to(hits.device)] = right.to(hits.dtype)
     columns = {name: values.tolist() for name, values in means_over_images(run, sums).items()}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], hits
 
 
-def judge(run: LinearRun, epoch: int, tests: list[dict]) -> bool:
+def judge(run: LinearRun, epoch: int, tests: list[dict], hits: torch.Tensor) -> bool:
     """Keep the best head of this epoch if it equals or beats the best so far; whether it does."""
     accuracies = [result["acc1"] for result in tests]
     run.peaks = [max(pair) for pair in zip(run.peaks or accuracies, accuracies, strict=True)]
@@ -154,6 +162,7 @@ def judge(run: LinearRun, epoch: int, tests: list[dict]) -> bool:
     improved = run.best is None or accuracies[head] >= run.best["acc1"]
     if improved:
         run.best = {"head": head, "epoch": epoch, **tests[head]}
+        run.right = all_hits(run, hits[head])
     log.info(f"Max accuracy so far: {run.best['acc1']:.2f}% ({run.describe(run.best['head'])})")
     return improved
 
@@ -179,7 +188,8 @@ def evaluate(run: LinearRun) -> None:
     run.features, run.recipes, run.sets.classes = [feature], [Recipe(0.0)], classes
     run.probe = Probe([LinearHeads(weight[None].to(device), bias[None].to(device), run.recipes)])
     log.info(f"{path}: a linear head on the {feature}")
-    (run.best,) = test(run)
+    (run.best,), (hits,) = test(run)
+    run.right = all_hits(run, hits)
     log.info(f"Accuracy of the network on the {run.tested} test images: {run.best['acc1']:.1f}%")
 
 

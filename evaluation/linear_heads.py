@@ -126,13 +126,16 @@ class LinearHeads:
             else:
                 parameter.addcmul_(momentum, self._lr.view(shape), value=-factor)
 
-    def test(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """(3, heads) float64, summed over images: cross-entropy, true class first, and among the first five."""
+    def test(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(3, heads) float64, summed over images: cross-entropy, true class first, and among the first five; and
+        for which images it is first (heads, images).
+        """
         logits = self.logits(features)
         index = labels[:, None, None].expand(-1, len(self), 1)
         losses = logits.logsumexp(dim=2) - logits.gather(2, index)[..., 0]
         hits = logits.topk(min(5, logits.shape[2]), dim=2).indices == index
-        return torch.stack((losses.double().sum(0), hits[..., 0].double().sum(0), hits.any(2).double().sum(0)))
+        sums = torch.stack((losses.double().sum(0), hits[..., 0].double().sum(0), hits.any(2).double().sum(0)))
+        return sums, hits[..., 0].T
 
 
 def trust_ratio(weights: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
@@ -178,9 +181,10 @@ class Probe:
             group.step(part, factor)
         return losses
 
-    def test(self, features: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """``LinearHeads.test`` of all heads: (3, heads)."""
-        return torch.cat([group.test(x, labels) for group, x in zip(self.groups, features, strict=True)], dim=1)
+    def test(self, features: Sequence[torch.Tensor], labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``LinearHeads.test`` of all heads: (3, heads), (heads, images)."""
+        found = [group.test(x, labels) for group, x in zip(self.groups, features, strict=True)]
+        return torch.cat([sums for sums, _ in found], dim=1), torch.cat([hits for _, hits in found])
 
     def tensors(self) -> list[tuple[torch.Tensor, ...]]:
         """Weight, bias, and the momentum of each, of every head: views of what is trained."""

@@ -10,7 +10,7 @@ from evaluation.confidence import interval_of
 from evaluation.features import CLS, Feature
 from evaluation.linear_heads import Probe, Recipe, best_head, cosine_factor, rate_at, restore_heads, saved_heads
 from evaluation.results import write_result
-from evaluation.run import Run, log_before, notes, refuse_another_run, save_run, take_notes
+from evaluation.run import Run, compared_run, log_before, notes, refuse_another_run, save_run, take_notes
 from evaluation.unreadable import remark
 from models.checkpoints import weights_hash
 from models.safe_load import load_file
@@ -174,6 +174,7 @@ def report(run: LinearRun) -> None:
     interval = interval_of(best["acc1"], run.tested)
     numbers["interval"] = list(interval)
     if run.world.rank == 0:
+        numbers |= compared_run(run, "eval_linear")
         write_result(run.args, "eval_linear", run.network, run.sets, run.unreadable, numbers)
     log.info(f"Top-1 test accuracy: {best['acc1']:.1f} ({interval}){remark(run.unreadable)}")
 

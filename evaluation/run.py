@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data.loader import TrainLoader, to_device_ahead
+from evaluation.compared import compared, rows_to_compare
 from evaluation.features import batches
 from evaluation.sets import Sets
-from evaluation.unreadable import NAMED, Unreadable, UnreadableImages, leave_out, named, refuse
+from evaluation.unreadable import NAMED, Unreadable, UnreadableImages, leave_out, named, readable, refuse
 from lock import hold
 from models.checkpoints import Network
 from utils import UsageError, World, all_gather_objects, all_reduce_sum, log, make_folder, save_atomically, save_torch
+
+RESULT = "top-1"  # of the best test, for --compare
 
 
 @dataclass(kw_only=True)
@@ -29,6 +33,7 @@ class Run:
     best: dict | None = None  # epoch and test of the highest accuracy so far
     replaced: dict[str, str] = field(default_factory=dict)  # training images that cannot be read: name -> reason
     left_out: list[Unreadable] = field(default_factory=list)  # test images that could not be read in the last test
+    right: np.ndarray | None = None  # (test images that can be read,): which ones are, at the best test so far
     untested: object = None  # what the last epoch found in training, where its test was refused
 
     @property
@@ -43,6 +48,8 @@ class Run:
 
 def conduct(run: Run, what: Callable[[Run], None], report: Callable[[Run], None], trains: bool) -> None:
     """Do ``what`` and report it; a run that ``trains`` has its folder for itself meanwhile."""
+    if getattr(run.args, "compare", None):  # before anything is trained
+        rows_to_compare(run.args.compare, {RESULT: run.sets.test.fingerprint})
     folder = Path(run.args.output_dir)
     if not trains:
         make_folder(folder)
@@ -94,15 +101,18 @@ def tell_replaced(run: Run, bad: dict[str, str], times: float) -> None:
     log.warning(f"warning: {times:.0f} times an image could not be read and another one took its place")
 
 
-def labelled_batches(run: Run, transform: Callable, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This process's share of the test images, and their labels, on the device; without those that cannot be read.
+def labelled_batches(
+    run: Run, transform: Callable, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """This process's share of the test images: their indices, and on the device they and their labels; without those
+    that cannot be read.
 
     At the end these are known: ``run.left_out``. Raises UnreadableImages, unless --skip_unreadable.
     """
     sets, device, unreadable = run.sets, run.world.device, []
     options = {"batch_size": batch_size, "num_workers": run.args.num_workers, "device": device}
     for indices, images in batches(sets.test, transform, world=run.world, **options, unreadable=unreadable):
-        yield images, sets.test_labels[indices].to(device)
+        yield indices, images, sets.test_labels[indices].to(device)
     settle(run, unreadable)
 
 
@@ -127,6 +137,26 @@ def tested_or_saved(test: Callable[[], object], save: Callable[[], None]) -> obj
     except UnreadableImages as error:
         save()
         raise UnreadableImages(f"{error}: the epoch is saved, and the same command goes on with its test") from None
+
+
+def no_hits(run: Run, *heads: int) -> torch.Tensor:
+    """(*heads, test images) for a test to say in which ones are right, each process of its share."""
+    return torch.zeros(*heads, len(run.sets.test), dtype=torch.uint8, device=run.world.device)
+
+
+def all_hits(run: Run, hits: torch.Tensor) -> np.ndarray:
+    """From ``no_hits`` (test images,) with this process's share: all test images that can be read."""
+    whole = all_reduce_sum(hits).bool().cpu()
+    return whole[readable(len(whole), run.left_out)].numpy()
+
+
+def compared_run(run: Run, evaluation: str) -> dict:
+    """For the JSON: how the best test compares with that of another network; called by the first process."""
+    if run.right is None:
+        if run.args.compare:
+            raise UsageError(f"--compare: {run.args.output_dir} was begun before images were noted; test it again")
+        return {}
+    return compared(run.args, evaluation, run.sets.test.fingerprint, {RESULT: run.right})
 
 
 def means_over_images(run: Run, sums: torch.Tensor) -> dict:
@@ -161,6 +191,7 @@ def notes(run: Run) -> dict:
         "untested": run.untested,
         "replaced": dict(run.replaced),
         "left_out": [list(image) for image in run.left_out],
+        "right": None if run.right is None else torch.from_numpy(run.right),
     }
 
 
@@ -168,6 +199,8 @@ def take_notes(run: Run, record: dict) -> None:
     """The reverse; files of before have none."""
     run.untested, run.replaced = record.get("untested"), dict(record.get("replaced", {}))
     run.left_out = [Unreadable(*image) for image in record.get("left_out", ())]
+    right = record.get("right")
+    run.right = None if right is None else right.numpy()
 
 
 def log_before(folder: Path, epoch: int) -> list[dict]:

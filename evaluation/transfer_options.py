@@ -6,7 +6,8 @@ from pathlib import Path
 
 from data.decode import add_reading_arguments
 from data.labelled import SETS
-from evaluation.network import add_network_arguments, add_process_arguments
+from evaluation.compared import add_compare_argument, check_compare
+from evaluation.network import add_head_argument, add_network_arguments, add_process_arguments
 from evaluation.search import SEARCHES
 from evaluation.sets import SKIP_HELP
 from evaluation.transfer import NORMS
@@ -21,9 +22,12 @@ def get_args_parser() -> Parser:
     network = parser.add_argument_group("what is evaluated")
     add_network_arguments(network)
     network.add_argument("--token_type", default="cls", choices=TOKENS, help="class token, or mean of all patches")
+    add_head_argument(network)
     _add_data(parser.add_argument_group("data"))
     _add_classifier(parser.add_argument_group("classifier").add_argument)
-    add = parser.add_argument_group("results").add_argument
+    group = parser.add_argument_group("results")
+    add_compare_argument(group)
+    add = group.add_argument
     add("--feature_cache", default=None, metavar="DIR", help="kept features; left out: features/ in --output_dir")
     add("--dump_features", default=None, metavar="DIR", help="also write UNIC's files there, a folder per data set")
     add("--output_dir", default=".", help="for eval_transfer.json; what is finished there is not done again")
@@ -40,9 +44,12 @@ def _add_data(group: argparse._ActionsContainer) -> None:
     add("--data_path", default=None, help=f"{what}; left out: tiles of the bundled photographs")
     add(
         "--features_dir",
+        "--features_dirs",
         default=None,
+        nargs="+",
         metavar="DIR",
-        help="features_trainval.pth and features_test.pth instead of images",
+        help="features_trainval.pth and features_test.pth instead of images; of several sets a folder each, called as "
+        "the sets, or as --dataset says in this order",
     )
     add("--any_counts", action="store_true", help="accept other numbers of images and classes than the published ones")
     add("--image_size", default=224, type=int, help="pixels of the shorter side and of the centre crop")
@@ -106,12 +113,23 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--clf_mom {args.clf_mom:g}: must be at least 0 and below 1")
     if min(args.knn_k) < 1 or not args.knn_temp > 0:
         raise UsageError(f"--knn_k {min(args.knn_k)} --knn_temp {args.knn_temp:g}: at least 1, and positive")
+    if args.apply_head and args.token_type != TOKENS[0]:
+        raise UsageError(
+            f"--apply_head {args.apply_head} --token_type {args.token_type}: is of the class token; pass cls"
+        )
     if args.dataset and args.data_path is None and args.features_dir is None:
         raise UsageError(f"--dataset {' '.join(args.dataset)}: where are its files? pass --data_path")
-    if args.features_dir and (args.data_path or args.pretrained_weights):
-        raise UsageError("--features_dir holds features: leave out --data_path and --pretrained_weights")
-    if args.features_dir and len(args.dataset) > 1:
-        raise UsageError(f"--features_dir {args.features_dir}: holds one data set; pass one --dataset")
+    if args.features_dir and (args.data_path or args.pretrained_weights or args.apply_head):
+        raise UsageError("--features_dir holds features: leave out --data_path, --pretrained_weights and --apply_head")
+    names = args.dataset or [Path(folder).name for folder in args.features_dir or ()]
+    if args.features_dir and args.dataset and len(args.dataset) != len(args.features_dir):
+        raise UsageError(
+            f"--features_dir {' '.join(args.features_dir)}: a folder for every --dataset is needed, in the same order"
+        )
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice}: is the name of two data sets; pass every one once, or their names with --dataset")
+    check_compare(args)
     if min(args.seed) < 0 or max(args.seed) >= 2**32:
         raise UsageError(f"--seed {' '.join(map(str, args.seed))}: must be between 0 and 2^32 - 1")
     check_writable(Path(args.output_dir))

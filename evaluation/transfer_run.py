@@ -7,15 +7,17 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from data.datasets import Source
 from data.decode import reading_from
 from data.labelled import open_labelled
 from evaluation.cache import FeatureStore, Preparation
+from evaluation.compared import compared
 from evaluation.confidence import interval_of
 from evaluation.features import Feature
-from evaluation.knn import knn_classify
+from evaluation.knn import accuracies_of, knn_right
 from evaluation.network import chosen_features, network_from_options
 from evaluation.results import write_result
 from evaluation.search import SEARCHES
@@ -46,12 +48,15 @@ OWN = "own"  # the name of what no --dataset names
 
 
 class Data(NamedTuple):
-    """Features (images, dim) and labels (images,) of both parts; ``told``: which images; ``of``: their identity."""
+    """Features (images, dim) and labels (images,) of both parts; ``told``: which images; ``of``: their identity;
+    ``tested``: which the test images are, whatever network made the features.
+    """
 
     trainval: tuple[torch.Tensor, torch.Tensor]
     test: tuple[torch.Tensor, torch.Tensor]
     told: str
     of: str
+    tested: str
     unreadable: dict[str, int]
 
 
@@ -69,12 +74,26 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
             (folder / FINISHED).unlink(missing_ok=True)
         barrier()
         results, told, unreadable = {}, [], {"train": 0, "test": 0}
-        for name in args.dataset or [OWN]:
-            data = given_data(args, name) if network is None else extracted_data(args, world, network, feature, name)
+        right, tested = {}, []
+        for name, given in sets_of(args).items():
+            data = given_data(given) if given else extracted_data(args, world, network, feature, name)
             told.append(data.told)
             unreadable = {part: unreadable[part] + data.unreadable[part] for part in unreadable}
-            results[name] = of_set(args, world, name, data)
-        report(args, world, network, results, "; ".join(told), unreadable)
+            results[name], hits = of_set(args, world, name, data)
+            right |= hits
+            tested += [data.tested] * len(hits)
+        extra = compared(args, "eval_transfer", tested, right) if world.rank == 0 else {}
+        report(args, world, network, results, "; ".join(told), unreadable, extra)
+
+
+def sets_of(args: argparse.Namespace) -> dict[str, str | None]:
+    """Name of every data set, and the folder where its features are, if they are given."""
+    if args.features_dir is None:
+        return dict.fromkeys(args.dataset or [OWN])
+    names = args.dataset or [Path(folder).name for folder in args.features_dir]
+    if not args.dataset and len(names) == 1:
+        names = [OWN]
+    return dict(zip(names, args.features_dir, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +134,8 @@ def extracted_data(args: argparse.Namespace, world: World, network: Network, fea
     if args.dump_features and world.rank == 0:
         dump(Path(args.dump_features) / name, parts)
     of = json.dumps([weights_hash(network.model), str(feature), str(preparation), *(s.fingerprint for s in sources)])
-    return Data(parts["trainval"], parts["test"], "; ".join(source.name for source in sources), of, counts)
+    told = "; ".join(source.name for source in sources)
+    return Data(parts["trainval"], parts["test"], told, of, sources[1].fingerprint, counts)
 
 
 def dump(folder: Path, parts: dict) -> None:
@@ -129,9 +149,9 @@ def dump(folder: Path, parts: dict) -> None:
     log.info(f"features written to {folder}")
 
 
-def given_data(args: argparse.Namespace, name: str) -> Data:
-    """From --features_dir."""
-    parts, folder, digest = {}, Path(args.features_dir), hashlib.blake2b(digest_size=12)
+def given_data(given: str) -> Data:
+    """From a folder of --features_dir. All that is known of its test images is their classes, in order."""
+    parts, folder, digest = {}, Path(given), hashlib.blake2b(digest_size=12)
     for part in PARTS:
         path = folder / f"features_{part}.pth"
         file = load_file(path)
@@ -151,7 +171,9 @@ def given_data(args: argparse.Namespace, name: str) -> Data:
         raise UsageError(
             f"{folder}: features of {parts['trainval'][0].shape[1]} and {parts['test'][0].shape[1]} numbers"
         )
-    return Data(*(parts[part] for part in PARTS), str(folder), digest.hexdigest(), {"train": 0, "test": 0})
+    tested = hashlib.blake2b(parts["test"][1].numpy().tobytes(), digest_size=12).hexdigest()
+    none = {"train": 0, "test": 0}
+    return Data(*(parts[part] for part in PARTS), str(folder), digest.hexdigest(), f"classes {tested}", none)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,8 +187,10 @@ def as_published(name: str) -> tuple[str, str]:
     return ("logreg_torch", "l2") if large else ("logreg_sklearn", "none")
 
 
-def of_set(args: argparse.Namespace, world: World, name: str, data: Data) -> dict:
-    """Results of every seed, and their means; what was finished before is taken from the folder."""
+def of_set(args: argparse.Namespace, world: World, name: str, data: Data) -> tuple[dict, dict[str, np.ndarray]]:
+    """Results of every seed, and their means; what was finished before is taken from the folder. And for every seed,
+    or k, which test images are right.
+    """
     clf_type = args.clf_type or as_published(name)[0]
     norm = args.features_norm or ("l2" if clf_type == "knn_torch" else as_published(name)[1])
     (train, labels), (test, test_labels) = data.trainval, data.test
@@ -189,7 +213,7 @@ def of_set(args: argparse.Namespace, world: World, name: str, data: Data) -> dic
         path = Path(args.output_dir) / FINISHED
         key = key_of(args, name, clf_type, norm, data.of, seed)
         finished = read_finished(path)
-        if key not in finished:
+        if "right" not in finished.get(key, {}):
             finished[key] = one_seed(args, clf_type, classes, seed, (train, labels), (test, test_labels))
             if world.rank == 0:
                 write_finished(path, finished)
@@ -200,10 +224,21 @@ def of_set(args: argparse.Namespace, world: World, name: str, data: Data) -> dic
         )
     means = {kind: statistics.fmean(run[kind] for run in runs.values()) for kind in ("top1", "mean_per_class_acc")}
     low, high = interval_of(means["top1"], len(test))
+    right = {f"{name}, seed {seed}": unpacked(run["right"], len(test)) for seed, run in runs.items()}
+    runs = {str(seed): {n: value for n, value in run.items() if n != "right"} for seed, run in runs.items()}
     found = means | {"interval": [low, high], "log_odds": finite(log_odds(means["top1"])), "clf_type": clf_type}
     per_class = f"per class {means['mean_per_class_acc']:.2f}"
     log.info(f"{name}: top-1 {means['top1']:.2f} (95 %: {low:.2f} to {high:.2f}), {per_class}")
-    return found | {"features_norm": norm, "seeds": {str(seed): run for seed, run in runs.items()}}
+    return found | {"features_norm": norm, "seeds": runs}, right
+
+
+def packed(right: torch.Tensor) -> str:
+    """Which test images are right, a bit for each, as JSON takes it."""
+    return np.packbits(right.cpu().numpy()).tobytes().hex()
+
+
+def unpacked(text: str, images: int) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=images).astype(bool)
 
 
 def one_seed(args: argparse.Namespace, clf_type: str, classes: int, seed: int, trainval: tuple, test: tuple) -> dict:
@@ -221,18 +256,24 @@ def one_seed(args: argparse.Namespace, clf_type: str, classes: int, seed: int, t
         "val_top1": found.val_top1,
         "setting": found.setting,
         "trials": found.trials,
+        "right": packed(found.predictions == test[1]),
     }
 
 
-def neighbours(args, world: World, name: str, trainval: tuple, test: tuple, classes: int, cosine: bool) -> dict:
-    results = knn_classify(*trainval, *test, args.knn_k, args.knn_temp, classes, world, cosine=cosine)
-    rows = {}
+def neighbours(
+    args, world: World, name: str, trainval: tuple, test: tuple, classes: int, cosine: bool
+) -> tuple[dict, dict[str, np.ndarray]]:
+    hits = knn_right(*trainval, *test, args.knn_k, args.knn_temp, classes, world, cosine=cosine)
+    results, rows = accuracies_of(hits, args.knn_k), {}
     for k, (one, five) in results.items():
         interval = interval_of(one, len(test[0]))
         log.info(f"{name}: {k}-NN classifier result: Top1: {one}, Top5: {five} ({interval})")
         rows[str(k)] = {"top1": one, "top5": five, "interval": list(interval)}
     quoted = str(20 if 20 in results else args.knn_k[0])
-    return {"top1": rows[quoted]["top1"], "interval": rows[quoted]["interval"], "clf_type": "knn_torch", "k": rows}
+    first = hits[..., 0].bool().cpu().numpy()
+    right = {f"{name}, {k}-NN": row for k, row in zip(args.knn_k, first, strict=True)}
+    found = {"top1": rows[quoted]["top1"], "interval": rows[quoted]["interval"], "clf_type": "knn_torch", "k": rows}
+    return found, right
 
 
 def finite(value: float) -> float | None:
@@ -272,7 +313,9 @@ def write_finished(path: Path, finished: dict) -> None:
         raise UsageError(f"--output_dir {path.parent}: cannot save ({error.strerror or error})") from error
 
 
-def report(args, world: World, network: Network | None, results: dict, told: str, unreadable: dict) -> None:
+def report(
+    args, world: World, network: Network | None, results: dict, told: str, unreadable: dict, extra: dict
+) -> None:
     """A line per set, the means without ImageNet-1k, and the JSON."""
     means = over_sets({name: found["top1"] for name, found in results.items()})
     if len(results) > 1:
@@ -286,4 +329,4 @@ def report(args, world: World, network: Network | None, results: dict, told: str
             log.info(f"mean without in1k: {means['mean_accuracy']:.2f}, log-odds {means['mean_log_odds']:.4f}")
     if world.rank == 0:
         means = {name: finite(value) for name, value in means.items()}
-        write_result(args, "eval_transfer", network, told, unreadable, {"sets": results, **means})
+        write_result(args, "eval_transfer", network, told, unreadable, {"sets": results, **means, **extra})

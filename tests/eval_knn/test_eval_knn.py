@@ -5,6 +5,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,9 +85,14 @@ def test_a_cache_gives_the_same_numbers_and_another_network_is_compared_on_the_s
     assert code == 0 and "3-NN, compared with" in found, error
     code, found, error = evaluate("--pretrained_weights", theirs, "--crop_size", 32, "--nb_knn", 2, *compare)
     assert code == 2 and "holds 3-NN, and here are 2-NN" in error
-    (tmp_path / "ours.npz").write_bytes(b"else")
-    code, found, error = evaluate("--pretrained_weights", theirs, *options, *compare)
-    assert code == 2 and "not a file that these evaluations write" in error and error.count("\n") == 1
+    whole, (row, other) = (tmp_path / "ours.npz").read_bytes(), np.zeros((2, 3), bool)
+    np.savez(tmp_path / "several.npz", images=np.array(["a", "b"]), one=row, two=other, three=row)
+    np.save(tmp_path / "row.npy", row)
+    several, array = ((tmp_path / name).read_bytes() for name in ("several.npz", "row.npy"))
+    for content in (b"else", whole[: len(whole) // 2], whole[:60] + b"damaged" + whole[67:], several, array):
+        (tmp_path / "ours.npz").write_bytes(content)
+        code, found, error = evaluate("--pretrained_weights", theirs, *options, *compare)
+        assert code == 2 and "not a file that these evaluations write" in error and error.count("\n") == 1, error
 
 
 def test_several_starts_are_one_extraction_and_a_mean(evaluate, tmp_path):

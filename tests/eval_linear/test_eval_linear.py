@@ -192,6 +192,19 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(probe, monkeypatch, 
     assert (tmp_path / "whole" / "log.txt").read_text() == (tmp_path / "parts" / "log.txt").read_text()
     code, again, _ = probe(*options, out="parts")
     assert code == 0 and "Epoch: " not in again and again.splitlines()[-1] == said.splitlines()[-1]
+    whole, parts = (dict(np.load(tmp_path / name / "eval_linear_right.npz")) for name in ("whole", "parts"))
+    best = json.loads((tmp_path / "whole" / "eval_linear.json").read_text())["numbers"]["top1"]
+    assert np.array_equal(whole["top-1"], parts["top-1"]) and 100 * whole["top-1"].mean() == pytest.approx(best)
+    compare = ("--epochs", 1, "--compare", tmp_path / "whole" / "eval_linear_right.npz")
+    code, said, error = probe(*options, *compare, out="other")
+    assert code == 0 and "top-1, compared with" in said and " images only here, " in said, error
+    compared = json.loads((tmp_path / "other" / "eval_linear.json").read_text())["numbers"]["compared"]
+    other = np.load(tmp_path / "other" / "eval_linear_right.npz")["top-1"]
+    difference = compared["results"]["top-1"]["difference"]
+    assert difference == pytest.approx(100 * (other.mean() - whole["top-1"].mean()))
+    np.savez(tmp_path / "others.npz", images="of others", **{"top-1": other})
+    code, said, error = probe(*options, "--compare", tmp_path / "others.npz", out="new")
+    assert code == 2 and "of other test images" in error and "Epoch: " not in said
 
 
 def test_mugss_protocol_has_its_grid_its_floor_and_its_strong_chain(probe, tmp_path):
@@ -279,6 +292,8 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         said = finish(start(processes, [*script, "--skip_unreadable"], **dict.fromkeys(SMALL)))
         assert said.count("val/class2/005.jpg") == (refused + said).count("train/class1/004.jpg") == 1
         assert "(unreadable: 1 training image, 1 test image)" in said
+    right = [np.load(tmp_path / name / "eval_linear_right.npz")["top-1"] for name in ("one", "two")]
+    assert len(right[0]) == 8 and np.array_equal(*right)
     one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
     for name, tensor in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], tensor, rtol=1e-4, atol=1e-6)

@@ -1,6 +1,8 @@
 """Transfer as a script: features extracted once, settings chosen, means over seeds and sets, refusals in one line."""
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from eval_transfer.eval_transfer import main
 from evaluation import search, transfer_run
 from evaluation.transfer import log_odds
 from tests.launch import ROOT, SMALL, finish, start
+from tests.students import student_file
 from utils import run_cli
 
 
@@ -71,6 +74,8 @@ def test_given_features_are_classified_by_every_kind_of_classifier(evaluate, tmp
         assert code == 0, error
         found = numbers(tmp_path)["sets"]["own"]
         assert found["clf_type"] == kind and found["top1"] > 60
+        right = dict(np.load(tmp_path / "out" / "eval_transfer_right.npz"))
+        assert 100 * right["own, " + ("5-NN" if kind == "knn_torch" else "seed 22")].mean() == found["top1"]
         low, high = found["interval"]
         assert 60 < low < found["top1"] < high and f"95 %: {low:.2f} to {high:.2f}" in said
 
@@ -90,8 +95,50 @@ def test_several_seeds_are_averaged_and_what_is_finished_is_not_done_again(evalu
     assert evaluate(*options, "--seed", 1, "--clf_C_max", 10)[0] == 0 and done == [1, 2, 1]  # other settings
 
 
+def test_features_of_several_sets_are_averaged_in_one_call_and_compared_with_those_of_another_network(
+    evaluate, tmp_path
+):
+    sets = [blobs(tmp_path / "ours" / name, seed=seed) for seed, name in enumerate(("cog_l1", "dtd", "in1k"))]
+    settings = ("--search", "random", "--n_optuna_trials", 2, "--clf_epochs", 2)
+    assert evaluate("--features_dirs", *sets, *settings)[0] == 0
+    found = numbers(tmp_path)
+    assert {name: values["clf_type"] for name, values in found["sets"].items()} == {
+        "cog_l1": "logreg_torch", "dtd": "logreg_sklearn", "in1k": "logreg_torch"
+    }  # fmt: skip
+    two = [found["sets"][name]["top1"] for name in ("cog_l1", "dtd")]
+    assert found["mean_accuracy"] == pytest.approx(sum(two) / 2)
+    assert found["mean_log_odds"] == pytest.approx(sum(map(log_odds, two)) / 2)
+    right = tmp_path / "out" / "eval_transfer_right.npz"
+    theirs = blobs(tmp_path / "theirs", seed=5)
+    compare = ("--compare", right.rename(tmp_path / "ours.npz"), "--output_dir", tmp_path / "out2")
+    code, said, error = evaluate("--features_dir", theirs, "--dataset", "dtd", *settings, *compare)
+    assert code == 0 and "dtd, seed 22, compared with" in said, error
+    other = numbers(tmp_path, "out2")
+    difference = other["compared"]["results"]["dtd, seed 22"]["difference"]
+    assert difference == pytest.approx(other["sets"]["dtd"]["top1"] - found["sets"]["dtd"]["top1"])
+    fewer = blobs(tmp_path / "fewer", images=30)
+    code, _, error = evaluate("--features_dir", fewer, "--dataset", "dtd", *settings, *compare)
+    assert code == 2 and "of other test images" in error and error.count("\n") == 1
+
+
+KILLED = """
+import os, signal
+from evaluation import cache
+from utils import run_cli
+cache.FeatureStore.__init__.__defaults__ = (3,)
+note = cache._Place.note
+def killed(place, feature, rows, done, unreadable):
+    note(place, feature, rows, done, unreadable)
+    if place.images == 8 and done == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+cache._Place.note = killed
+from eval_transfer.eval_transfer import main
+run_cli(main)
+"""
+
+
 def test_an_official_layout_is_extracted_once_and_evaluated_from_the_command_line(evaluate, tmp_path):
-    """Killed after the features, on one process and on two: the same numbers."""
+    """Killed after the features and in the middle of them, on one process and on two: the same numbers."""
     textures(tmp_path / "dtd")
     data = ("--data_path", tmp_path, "--dataset", "dtd")
     code, _, error = evaluate(*MICRO, *data)
@@ -109,6 +156,17 @@ def test_an_official_layout_is_extracted_once_and_evaluated_from_the_command_lin
     script += ["--output_dir", str(tmp_path / "two"), "--device", "cpu", "--num_workers", "0"]
     finish(start(2, script, **dict.fromkeys(SMALL)))
     assert numbers(tmp_path, "two") == here
+    out = ("--output_dir", tmp_path / "killed", "--device", "cpu", "--num_workers", 0)
+    words = [sys.executable, "-c", KILLED, *map(str, (*MICRO, *data, *choose, *out))]
+    assert subprocess.run(words, cwd=ROOT, timeout=200).returncode == -signal.SIGKILL
+    code, said, error = evaluate(*MICRO, *data, *choose, *out)
+    assert code == 0 and "taken up at image 6 of 8" in said, error
+    assert numbers(tmp_path, "killed") == here
+    student_file(tmp_path)
+    network = ("--pretrained_weights", tmp_path / "unic.pth", "--apply_head", "timm/b.c", "--image_size", 16)
+    code, said, error = evaluate(*network, *data, *choose, "--dump_features", tmp_path / "space")
+    assert code == 0 and "in the space of timm/b.c" in said, error
+    assert torch.load(tmp_path / "space" / "dtd" / "features_test.pth")["X"].shape == (4, 5)
 
 
 def test_mistakes_end_in_one_line(evaluate, tmp_path, monkeypatch):
@@ -132,7 +190,12 @@ def test_mistakes_end_in_one_line(evaluate, tmp_path, monkeypatch):
         (("--features_dir", tmp_path / "none"), "features_trainval.pth"),
         (("--features_dir", kept, "--clf_C_min", 5, "--clf_C_max", 1), "in this order"),
         (("--features_dir", kept, "--val_perc", 1), "between 0 and 1"),
-        (("--features_dir", kept, "--dataset", "dtd", "pets"), "pass one --dataset"),
+        (("--features_dir", kept, "--dataset", "dtd", "pets"), "a folder for every --dataset"),
+        (("--features_dir", kept, kept, *random), "kept: is the name of two data sets"),
+        (("--features_dir", kept, "--apply_head", "dino"), "leave out --data_path, --pretrained_weights and"),
+        (("--apply_head", "dino", "--token_type", "patch"), "is of the class token"),
+        (("--apply_head", "dino"), "--apply_head dino: names a part of a checkpoint"),
+        (("--features_dir", kept, *random, "--compare", tmp_path / "none.npz"), "No such file"),
         (("--dataset", "pets"), "where are its files"),
         (
             ("--dataset", "pets", "--data_path", tmp_path / "none", *MICRO),

@@ -3,15 +3,19 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 
 from data.labelled import open_labelled
 from data.loader import TrainLoader
 from eval_semi_supervised import eval_semi_supervised_finetuning
 from eval_transfer import eval_transfer_finetuning
+from evaluation import finetune
 from evaluation.deit import lagged_rates
 from evaluation.finetune_network import head_inside
 from methods.heads import DINOHead
@@ -112,6 +116,11 @@ def test_official_files_are_learnt_with_the_published_rates_and_a_run_is_continu
     code, said, error = tune(script, *options, "--warmup_epochs", 1, out="cut")
     assert code == 0 and "Epoch: [0]" not in said, error
     assert_same(saved(tmp_path / "cut", "checkpoint.pth")["model"], whole["model"])
+    right = [dict(np.load(tmp_path / o / "eval_transfer_finetuning_right.npz"))["top-1"] for o in ("out", "cut")]
+    assert np.array_equal(*right) and 100 * right[0].mean() == pytest.approx(result["numbers"]["top1"])
+    compare = ("--compare", tmp_path / "out" / "eval_transfer_finetuning_right.npz", "--eval")
+    code, said, error = tune(script, *options, "--warmup_epochs", 1, *compare, out="cut")
+    assert code == 0 and "+0.00" in said and "no difference is shown" in said, error
     for arguments, words in (
         ((*data[:4],), "20 images instead of the official 50000"),
         (("--data_set", "Cars"), "pass --data_path"),
@@ -119,6 +128,41 @@ def test_official_files_are_learnt_with_the_published_rates_and_a_run_is_continu
         (("--warmup_lr", -1), "must not be negative"),
     ):
         code, _, error = tune(script, *arguments, "--warmup_epochs", 1, out="no")
+        assert code == 2 and words in error and error.rstrip().count("\n") == 0, error
+
+
+def test_a_supervised_teacher_takes_part_of_the_labels_place(tune, tmp_path):
+    torch.manual_seed(0)
+    logits, said, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    args = SimpleNamespace(precision="fp32", smoothing=0.0, drop_path=0.0, drop=0.0, attn_drop_rate=0.0, seed=0)
+    args.distillation_type, args.distillation_alpha, args.distillation_tau = "soft", 0.25, 2.0
+    run = SimpleNamespace(args=args, mixup=None, sets=SimpleNamespace(classes=3), world=SimpleNamespace(device="cpu"))
+    run.model, run.teacher = (lambda images, draws: logits), (lambda images: said)
+    loss, _ = finetune.loss_of(run, {"images": torch.zeros(4, 3, 2, 2), "first_sample": 0}, labels, 0)
+    p, q = (said / 2).softmax(1), (logits / 2).softmax(1)
+    expected = 0.75 * F.cross_entropy(logits, labels) + 0.25 * 4 * (p * (p / q).log()).mean()
+    torch.testing.assert_close(loss, expected)
+
+    data = ("--data_set", "CIFAR10", "--data_path", make_cifar(tmp_path / "bin", 2), "--any_counts", "--batch_size", 10)
+    options = (*data, "--model", "vit_micro", "--patch_size", 8, "--epochs", 1, "--warmup_epochs", 0)
+    name, path = "mobilenetv3_small_050", tmp_path / "teacher.pth"
+    hard = ("--distillation-type", "hard", "--teacher-model", name, "--teacher-path", path)
+    torch.save({"model": timm.create_model(name, num_classes=10).state_dict()}, path)
+    script = eval_transfer_finetuning
+    code, said, error = tune(script, *options, *hard)
+    assert code == 0 and f"teacher: {name}" in said, error
+    assert tune(script, *options, out="plain")[0] == 0
+    assert lines_of(tmp_path / "out")[0]["train_loss"] != lines_of(tmp_path / "plain")[0]["train_loss"]
+    for arguments, words in (
+        (("--distillation_type", "soft"), "--teacher_path is not given"),
+        (("--teacher_path", path), "none has no use for it"),
+        ((*hard, "--distillation_alpha", 2), "between 0 and 1"),
+        ((*hard, "--teacher-model", "hf-hub:a/b"), "timm has no network of this name"),
+        ((*hard, "--teacher-model", "resnet18"), "does not fit resnet18 with 10 classes"),
+        ((*hard, "--distillation_alpha", 0.25), "distillation_alpha: 0.5 there, 0.25 here"),
+        ((), "belongs to another run"),
+    ):
+        code, _, error = tune(script, *options, *arguments)
         assert code == 2 and words in error and error.rstrip().count("\n") == 0, error
 
 

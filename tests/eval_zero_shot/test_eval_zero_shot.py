@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import eval_knn.eval_knn
+import eval_semi_supervised.eval_semi_supervised
 from data.preprocess import eval_transform
 from eval_zero_shot.eval_zero_shot import main
 from evaluation import sets, zero_shot_run
@@ -130,11 +131,14 @@ def test_what_cannot_be_is_refused_in_one_line(evaluate, matrices, tmp_path):
     assert code == 0 and "(unreadable: 1 test image)" in said
 
 
-def test_knn_looks_at_the_students_image_in_the_teachers_space(evaluate, matrices, tmp_path):
+def test_other_evaluations_look_at_the_students_image_in_the_teachers_space(evaluate, matrices, tmp_path):
     network = ("--pretrained_weights", tmp_path / "unic.pth", "--nb_knn", 3, "--dump_features", tmp_path / "kept")
     code, said, error = evaluate(*network, "--apply_head", "timm/b.c", script=eval_knn.eval_knn.main)
     assert code == 0 and "in the space of timm/b.c: its pooled output is taken" in said, error
     assert torch.load(tmp_path / "kept" / "testfeat.pth").shape == (36, 5)
+    regression = eval_semi_supervised.eval_semi_supervised.main
+    code, said, error = evaluate(*network[:2], "--apply_head", "timm/b.c", "--lr_lambd", 1, script=regression)
+    assert code == 0 and "in the space of timm/b.c: its pooled output is taken" in said, error
     code, _, error = evaluate(*network, "--apply_head", "a", "--avgpool_patchtokens", 2, script=eval_knn.eval_knn.main)
     assert code == 2 and "only its pooled output can be taken" in error
     code, _, error = evaluate(*network, "--apply_head", "nobody", script=eval_knn.eval_knn.main)

@@ -123,11 +123,13 @@ def test_weights_are_small_and_random_and_biases_zero():
 def test_the_test_counts_and_few_classes_have_no_more_than_all_of_them():
     heads = LinearHeads(torch.eye(7, dtype=torch.float64)[None], torch.zeros(1, 7).double(), [Recipe(1.0)])
     scores = torch.tensor([[7, 6, 5, 4, 3, 2, 1.0]] * 3, dtype=torch.float64)
-    loss, first, five = heads.test(scores, torch.tensor([0, 4, 5])).flatten().tolist()
+    sums, hits = heads.test(scores, torch.tensor([0, 4, 5]))
+    loss, first, five = sums.flatten().tolist()
+    assert int(hits.sum()) == first and hits.shape == (1, 3)
     assert (first, five) == (1, 2)
     assert loss == pytest.approx(F.cross_entropy(scores, torch.tensor([0, 4, 5]), reduction="sum").item())
     few = LinearHeads(torch.eye(3)[None], torch.zeros(1, 3), [Recipe(1.0)])
-    assert few.test(torch.eye(3), torch.tensor([0, 1, 0]))[1:].flatten().tolist() == [2, 3]
+    assert few.test(torch.eye(3), torch.tensor([0, 1, 0]))[0][1:].flatten().tolist() == [2, 3]
 
 
 def test_the_last_of_equally_good_heads_is_the_best():

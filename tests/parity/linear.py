@@ -45,7 +45,7 @@ def original_meters(probe: Probe, batches: Batches) -> np.ndarray:
 
     They round the percentage of every batch to float32 and weight it by the batch's size; the loss they do not weight.
     """
-    tested = [(probe.test([x], y).numpy(), len(y)) for x, y in batches]
+    tested = [(probe.test([x], y)[0].numpy(), len(y)) for x, y in batches]
     losses = np.mean([sums[0] / size for sums, size in tested], axis=0)
     percent = [np.float32(sums[1:]) * np.float32(100) / np.float32(size) for sums, size in tested]
     weighted = sum(p.astype(np.float64) * size for p, (_, size) in zip(percent, tested, strict=True))
