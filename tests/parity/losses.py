@@ -3,9 +3,12 @@
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -200,11 +203,12 @@ def on_ranks(compute: Callable) -> Callable[[Case], Iterator[tuple]]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         inputs = {name: case.tensor(name) for name in case.names("in/") or case.arrays}
-        queue = mp.get_context("spawn").SimpleQueue()
-        mp.spawn(_rank, (compute, p, inputs, port, queue, case.dtype), nprocs=p["world_size"])
         computed = {}
-        for _ in range(p["world_size"]):
-            computed.update(queue.get())
+        with tempfile.TemporaryDirectory() as folder:  # of any size, where a pipe that nobody reads yet fills up
+            mp.spawn(_rank, (compute, p, inputs, port, folder, case.dtype), nprocs=p["world_size"])
+            for path in Path(folder).iterdir():
+                with np.load(path, allow_pickle=False) as file:
+                    computed |= dict(file)
         for name in case.names("out/") or case.outputs():
             if name in computed:
                 yield name, computed[name], case.arrays[name]
@@ -215,13 +219,13 @@ def on_ranks(compute: Callable) -> Callable[[Case], Iterator[tuple]]:
     return runner
 
 
-def _rank(rank: int, compute: Callable, p: dict, inputs: dict, port: int, queue, dtype: torch.dtype) -> None:
+def _rank(rank: int, compute: Callable, p: dict, inputs: dict, port: int, folder: str, dtype: torch.dtype) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=p["world_size"])
     computed = compute(rank, p, inputs, dtype)
     own = {name: name if name.startswith(f"rank{rank}_") else f"{name}_rank{rank}" for name in computed}
-    queue.put({own[name]: value.numpy() for name, value in computed.items()})
+    np.savez(Path(folder) / f"{rank}.npz", **{own[name]: value.numpy() for name, value in computed.items()})
     dist.barrier()
     leave_world()
 

@@ -199,10 +199,12 @@ def queue_of(state: torch.Tensor) -> Queue:
 
 def infonce_loss(case: Case) -> Iterator[tuple]:
     p = case.params
-    start, last = (case.tensor(name) for name in ("in.queue_init", f"out.step{p['steps'] - 1}.queue"))
-    given = [[case.tensor(f"in.step{step}.{side}") for side in ("student", "teacher")] for step in range(p["steps"])]
-    if torch.equal(start, last):  # recorded when it was what it is at the end
-        gradients = (case.tensor(f"out.step{step}.grad_student") for step in range(p["steps"]))
+    start, steps = case.tensor("in.queue_init"), numbers(case, r"in\.step(\d+)\.student$")
+    given = [[case.tensor(f"in.step{step}.{side}") for side in ("student", "teacher")] for step in steps]
+    yield "out.ptr_init, steps", len(steps), p["steps"]
+    last = case.arrays.get(f"out.step{steps[-1]}.queue")
+    if last is not None and np.array_equal(start.numpy(), last):  # recorded when it was what it is at the end
+        gradients = (case.tensor(f"out.step{step}.grad_student") for step in steps)
         known = [(z, keys.unflatten(0, (2, -1)), grad) for (z, keys), grad in zip(given, gradients, strict=True)]
         start = queue_at_start(start, known, p["temperature"])
     queue, queues = queue_of(start), {}

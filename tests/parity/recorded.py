@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from methods.contrast import pair_weights
 from tests.parity import Case
 
-STARTS, ROUNDS = 20, 300  # of the search for what a queue was
+STARTS, ROUNDS = 60, 300  # of the search for what a queue was
+STALLED = 25  # rounds that have to make the sum of squares a tenth smaller
 SOLVED = 1e-24  # sum of squares
 
 
@@ -35,8 +35,10 @@ def queue_at_start(
 
     Backwards from the first step that sees nothing of the start: the columns that a step is the last to see are those
     with which its gradients are what they are. They are unit vectors, and in which order they stand means nothing.
+    What no step writes over is what it was.
     """
-    start = torch.full_like(recorded, torch.nan)
+    written = torch.arange(sum(keys.shape[0] * keys.shape[1] for _, keys, _ in steps)) % recorded.shape[1]
+    start = recorded.index_fill(1, written.unique(), torch.nan)
     for number in reversed(range(len(steps))):
         queue, pointer = start.clone(), 0
         for _, keys, _ in steps[:number]:
@@ -46,7 +48,7 @@ def queue_at_start(
         lost = queue[0].isnan().nonzero().flatten()
         if len(lost):
             start[:, lost] = _columns(queue, lost, steps[number], temperature)
-    return torch.where(start.isnan(), recorded, start)
+    return start
 
 
 def _columns(queue: torch.Tensor, lost: torch.Tensor, step: tuple, temperature: float) -> torch.Tensor:
@@ -68,7 +70,7 @@ def _columns(queue: torch.Tensor, lost: torch.Tensor, step: tuple, temperature: 
 
 def _least_squares(residuals, x: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Levenberg and Marquardt's way down from ``x``."""
-    damping, off = 1e-3, residuals(x)
+    damping, off, costs = 1e-3, residuals(x), []
     for _ in range(ROUNDS):
         jacobian = torch.func.jacrev(residuals)(x)
         square = jacobian.t() @ jacobian
@@ -77,7 +79,9 @@ def _least_squares(residuals, x: torch.Tensor) -> tuple[torch.Tensor, float]:
         new = residuals(x + step)
         better = new.square().sum() < off.square().sum()
         x, off, damping = (x + step, new, damping / 5) if better else (x, off, damping * 4)
-        if off.square().sum() < 1e-29 or damping > 1e12:
+        costs.append(off.square().sum().item())
+        stalled = len(costs) > STALLED and costs[-1] > max(SOLVED, 0.9 * costs[-1 - STALLED])
+        if stalled or costs[-1] < 1e-29 or damping > 1e12:
             break
     return x, off.square().sum().item()
 
@@ -89,7 +93,10 @@ def gradients(z: torch.Tensor, keys: torch.Tensor, queue: torch.Tensor, temperat
     positive = torch.einsum("vbd,ibd->vib", views, keys) / temperature
     logits = z @ queue / temperature
     shares = torch.sigmoid(logits.logsumexp(dim=1).view(-1, 1, batch) - positive)
-    shares = shares * pair_weights(len(views), batch, positive)
+    large, small = torch.zeros_like(positive), torch.zeros_like(positive)
+    large[0, 1] = large[1, 0] = 0.5 / batch
+    small[2:] = 0.5 / (batch * max(1, len(views) - 2))
+    shares = shares * ((large + small) / 2 if len(views) > 2 else large)
     means = (logits.softmax(dim=1) @ queue.t()).view_as(views)
     found = shares.sum(dim=1)[..., None] * means - torch.einsum("vib,ibd->vbd", shares, keys)
     return found.flatten(0, 1) / temperature
