@@ -202,18 +202,20 @@ def trajectory_method(p: dict, dtype: torch.dtype) -> EsViT:
     for frozen in (p["norm_last_layer"], True):
         backbone = build(config)
         head_sizes = {"hidden_dim": sizes["hidden"], "bottleneck_dim": sizes["bottleneck"], "norm_last_layer": frozen}
+        head_sizes |= {name: sizes[name] for name in ("nlayers", "use_bn") if name in sizes}
         heads = [DINOHead(backbone.embed_dim, sizes["out_dim"], **head_sizes) for _ in range(1 + p["dense"])]
         networks.append(RegionNetwork(backbone, *heads))
     temps = temperatures(argparse.Namespace(**p))
     prefix = "backbone.backbone." if build is BACKBONES["arch"] else ""
-    return EsViT(*networks, temps, p["freeze_last_layer"], file_prefix=prefix).to(dtype)
+    more = {name: p[name] for name in ("student_temp", "center_momentum") if name in p}
+    return EsViT(*networks, temps, p["freeze_last_layer"], **more, file_prefix=prefix).to(dtype)
 
 
 def crops_of(p: dict, step: int) -> list[torch.Tensor]:
     """``hash images: iteration it, crop v has seed 600 + 100*it + v, shape (2,3,S,S) ...``."""
     base, per_step = map(int, re.search(r"seed (\d+) \+ (\d+)\*it \+ v", p["crops"]).groups())
     batch, channels = map(int, re.search(r"shape \((\d+), ?(\d+), ?S, ?S\)", p["crops"]).groups())
-    sizes = [p["global_size"]] * TEACHER_VIEWS + [p["local_size"]] * p["n_local"]
+    sizes = [p["global_size"]] * TEACHER_VIEWS + [p.get("local_size")] * p["n_local"]
     return [hash_images(base + per_step * step + v, batch, channels, size, size) for v, size in enumerate(sizes)]
 
 
