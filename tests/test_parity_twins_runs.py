@@ -12,9 +12,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from methods.base import Clock, Method
 from methods.esvit import names_in_files
+from methods.mugs import to_file
+from methods.unic_files import student_to_file
 from tests.parity.esvit import trajectory_method
+from tests.parity.mugs_training import golden_method as mugs_method
+from tests.parity.mugs_training import small_mugs
 from tests.parity.swin import hash_images, hash_weights
-from tests.twins import agrees, golden, rewrite
+from tests.parity.unic_method import golden_method as unic_method
+from tests.twins import agrees, as_arrays, golden, random, randomise, rewrite
 
 
 def cosine(start: float, end: float, steps: int) -> list[float]:
@@ -49,7 +54,10 @@ def run(method: Method, forward, batches: list, rates: dict, p: dict, update) ->
         named = method.student.named_parameters()
         norms = {name: x.grad.norm().item() for name, x in named if x.grad is not None}
         update(method, optimizer, p["clip_grad"], clock)
-        steps.append({"loss": loss.item(), "norms": norms})
+        grads = {name: x.grad for name, x in method.student.named_parameters()}
+        steps.append(
+            {"loss": loss.item(), "norms": norms, "grads": {n: g if g is None else g.clone() for n, g in grads.items()}}
+        )
     return steps
 
 
@@ -123,3 +131,124 @@ def test_a_run_of_esvit_with_other_networks_crops_and_rates(name, plain):
     twin = rewrite(case, inputs, outputs)
     twin.entry["outputs"] = [{"key": name} for name in outputs]
     agrees(twin)
+
+
+def moments_of(named: dict[str, torch.Tensor]) -> dict[str, dict]:
+    return {n: None if v is None else {"sum": v.sum().item(), "l2": v.norm().item()} for n, v in named.items()}
+
+
+@pytest.mark.parametrize(("name", "teachers"), [("trajectory", ["ibot", "dino"]), ("trajectory_clip", ["ibot"])])
+def test_a_run_of_unic_with_other_teachers_sizes_and_rates(name, teachers, plain):
+    case = golden("unic", name)
+    p, a = case.params, case.params["args"]
+    stored = {**p["teacher_files"], **golden("unic", "trajectory").params["teacher_files"]}
+    a |= {"teachers": [f"{teacher}_vittiny_8" for teacher in teachers], "image_size": 24, "batch_size_per_gpu": 3}
+    a |= {
+        "epochs": 3,
+        "lr": 0.5,
+        "min_lr": 0.0004,
+        "warmup_epochs": 1,
+        "wd": 0.3,
+        "clip_grad": 0.05,
+        "t_drop_prob": 0.3,
+    }
+    a |= {"tnorm_ema_momentum_start": 0.9, "tnorm_ema_momentum_end": 0.2, "lam_lcos": 0.2, "lam_lsl1": 0.9}
+    a |= {"optim_args": "{'betas':(0.8, 0.9), 'eps':1e-6}", "lp_args": "{'hidden_dim':5,'last_hidden_dim':6}"}
+    p |= {"student_arch": {"embed_dim": 12, "depth": 3, "num_heads": 2}, "iters_per_epoch": 1, "steps": 3}
+    p["teacher_files"] = {teacher: stored[teacher] for teacher in a["teachers"]}
+    method = randomise_student(unic_method(case, a).double())
+    given = {"in/images": random(3, 3, 3, 24, 24), "in/u": random(3, len(teachers), 3, seed=4).sigmoid().numpy()}
+    method.uniforms = lambda clock, batch: given["in/u"][clock.iteration]
+    rates = {"lr": warmed(0.5 * 3 / 256, 0.0004, 1, 3), "wd": [0.3] * 3, "momentum": cosine(0.9, 0.2, 3)}
+    given |= {f"sd/{n}": v.clone() for n, v in student_to_file(method.student.state_dict()).items()}
+    given |= {"in/lr": np.array(rates["lr"]), "in/tnorm_momentum": np.array(rates["momentum"])}
+    batches = [{"crops": [images]} for images in given["in/images"]]
+    p_run = {"niter": 1, "batch": 3, "clip_grad": 0.05}
+    steps = run(method, plain["unic"].forward, batches, rates, p_run, plain["textbook"].update)
+    student = student_to_file(method.student.state_dict())
+    outputs = {"out/loss": np.array([step["loss"] for step in steps])}
+    outputs |= {f"out/student/{n}": student[n] for n in list(student)[::5]}
+    for teacher, kinds in method.checkpoint_parts()["teacher_ft_stats"].state_dict().items():
+        for kind, values in kinds.items():
+            outputs |= {f"out/stats/{teacher}/{kind}/{n}": v for n, v in values.items()}
+    case.__dict__["arrays"] = as_arrays(given | outputs) | {
+        "final_student": moments_of(student),
+        "grads_seen_by_optimizer": [moments_of(student_to_file(step["grads"])) for step in steps],
+        "metrics": [
+            {"loss/dist": step["loss"], "lr": lr, "wd": 0.3, "tnorm_ema_momentum": momentum}
+            for step, lr, momentum in zip(steps, rates["lr"], rates["momentum"], strict=True)
+        ],
+    }
+    agrees(case)
+
+
+def randomise_student(method: Method) -> Method:
+    randomise(method.student)
+    for parameter in method.student.parameters():
+        parameter.data *= 0.4
+    return method
+
+
+def test_a_run_of_mugs_with_other_sizes_queues_and_rates(plain):
+    """Two local crops of another size, and a student's memory into which some steps write nothing."""
+    case = golden("mugs", "trajectory")
+    p = case.params
+    p |= {"dim": 8, "depth": 1, "heads": 2, "patch": 4, "img": 12, "hid": 6, "pred": 7, "out": 5, "gout": 9, "bott": 4}
+    p |= {"mlp_ratio": 2, "Kq": 9, "topn": 2, "T": 0.3, "wt": 0.05, "tt": 0.1, "we": 2, "epochs": 4, "niter": 1}
+    p |= {"train_epochs": 3, "warmup": 1, "lr": 0.2, "bs_nominal": 128, "min_lr": 0.01, "wd": 0.1, "wde": 0.3, "B": 2}
+    p |= {"mom": 0.7, "clip": 0.5, "freeze": 2, "pe_mult": 0.4, "norm_last_layer": True, "group_student_temp": 0.2}
+    p |= {"center_momentum": 0.6, "local": 8, "nlocal": 2, "Klg": 7}
+    rates = {"lr": warmed(0.1, 0.01, 1, 4), "wd": cosine(0.1, 0.3, 4), "momentum": cosine(0.7, 1.0, 4)}
+    rates = {kind: values[:3] for kind, values in rates.items()}
+    p |= {f"{kind}_per_step": values for kind, values in rates.items()} | {"scaled_base_lr": 0.1}
+    p |= {"teacher_temp_schedule": [0.05, 0.1, 0.1, 0.1], "epoch_of_step": [0, 1, 2], "base_lr_flag": 0.2}
+    student = to_file(randomise_student(small_mugs(p, True).double()).student.state_dict())
+    student = {n: torch.ones_like(v) if n.endswith("weight_g") else v for n, v in student.items()}
+    inputs = {f"sd.student.{n}": v.clone() for n, v in student.items()}
+    for seed, side in enumerate(("student", "teacher")):
+        inputs |= {f"in.mem_init.{side}.queue_{k}": random(7, 8, seed=2 * seed + (k == "k")) for k in "qk"}
+    for seed, key in enumerate(("instance-sup.", "local-group-sup.")):
+        inputs[f"in.queue_init.{key}"] = torch.nn.functional.normalize(random(5, 9, seed=8 + seed), dim=0)
+    weak = [[1, 0], [0, 0], [1, 1]]
+    for step in range(3):
+        for crop, size in enumerate((12, 12, 12, 12, 8, 8)):
+            inputs[f"in.step{step}.crop{crop}"] = random(2, 3, size, size, seed=20 + 7 * step + crop)
+        inputs[f"in.step{step}.weak"] = np.array(weak[step], np.uint8)
+    case.__dict__["arrays"] = as_arrays(inputs)
+    method, pointers, found = mugs_method(case, p), [], {"center": [], "student_sum_norm": [], "teacher_sum_norm": []}
+    batches = [
+        {"crops": [case.tensor(f"in.step{s}.crop{i}") for i in range(6)], "weak": torch.tensor(weak[s]) > 0}
+        for s in range(3)
+    ]
+
+    def forward(method, batch, clock):
+        crops, raw = batch["crops"], plain["textbook"].raw_tokens
+        with torch.no_grad():
+            theirs = [raw(method.teacher.backbone, torch.cat(crops[:2]), None)]
+        ours = [raw(method.student.backbone, torch.cat(crops[s]), None) for s in (slice(2, 4), slice(4, None))]
+        loss = plain["mugs"].heads_and_loss(method, theirs, ours, batch["weak"], clock)
+        parts = [*method.queues.values(), *(method.memories[side] for side in ("student", "teacher"))]
+        pointers.append([int(part.queue_ptr) for part in parts])
+        found["center"].append(method.centres.center[0].clone())
+        return loss
+
+    def update(method, *args):
+        plain["textbook"].update(method, *args)
+        for side in ("student", "teacher"):
+            state = to_file(getattr(method, side).state_dict())
+            p[f"{side}_tensor_order"] = list(state)
+            found[f"{side}_sum_norm"].append(torch.tensor([[v.sum(), v.norm()] for v in state.values()]))
+
+    steps = run(method, forward, batches, rates, {"niter": 1, "batch": 2, "clip_grad": 0.5}, update)
+    outputs = {f"out.{name}": torch.stack(values) for name, values in found.items()}
+    outputs |= {"out.loss_total": [step["loss"] for step in steps], "out.pointers": pointers}
+    norms = [to_file(step["norms"]) for step in steps]
+    outputs["out.grad_norms"] = [[of.get(n, 0.0) for n in p["student_tensor_order"]] for of in norms]
+    for side in ("student", "teacher"):
+        state = to_file(getattr(method, side).state_dict())
+        outputs |= {f"out.final_{side}.{n}": state[n] for n in list(state)[:3]}
+        outputs |= {f"out.final_{side}_mem_{k}": getattr(method.memories[side], f"queue_{k}") for k in "qk"}
+    outputs |= {f"out.final_queue_{k}": method.queues[f"{k.replace('_', '-')}-sup"].queue for k in ("instance",)}
+    case.__dict__["arrays"] = as_arrays(inputs | outputs)
+    case.entry["outputs"] = [{"key": name} for name in outputs]
+    agrees(case)
