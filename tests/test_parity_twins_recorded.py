@@ -10,6 +10,7 @@ import tests.parity.mugs
 from methods.contrast import info_nce
 from methods.memory import Memory, Queue
 from tests.parity import find_runner, judge
+from tests.parity.recorded import queue_at_start
 from tests.test_parity_twins_mugs import contrast, rewrite
 from tests.twins import agrees, golden, random
 
@@ -48,6 +49,7 @@ def everything_is_wanted(collect):
     return lambda self, rows, images=None, wanted=None: collect(self, rows, images)
 
 
+SOLVED: dict[bytes, torch.Tensor] = {}
 CONTRAST = ("infonce_loss", "trajectory")
 MEMORY = ("local_group_memory", "trajectory")
 FAULTS = {  # where, what stands there instead, and the cases that have to notice
@@ -59,6 +61,19 @@ FAULTS = {  # where, what stands there instead, and the cases that have to notic
     "no normalisation": (Memory, "nearest", not_normalised, MEMORY),
     "what is weak": (Memory, "collect", everything_is_wanted(Memory.collect), MEMORY),
 }
+
+
+@pytest.fixture(autouse=True)
+def solved_once(monkeypatch):
+    """What a queue was does not depend on the product, so that it is not looked for again."""
+
+    def once(recorded, steps, temperature):
+        key = recorded.numpy().tobytes()
+        if key not in SOLVED:
+            SOLVED[key] = queue_at_start(recorded, steps, temperature)
+        return SOLVED[key]
+
+    monkeypatch.setattr(tests.parity.mugs, "queue_at_start", once)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -95,7 +110,7 @@ def contrast_case(crops: int, batch: int, dim: int, size: int, steps: int, views
     return rewrite(case, inputs, outputs)
 
 
-SIZES = [(5, 1, 6, 4, 3), (4, 2, 8, 30, 3), (6, 2, 16, 13, 5), (4, 2, 5, 4, 1)]
+SIZES = [(5, 1, 6, 4, 3), (4, 2, 6, 30, 3), (6, 2, 10, 7, 4), (4, 2, 5, 4, 1)]
 
 
 @pytest.mark.parametrize("views", [False, True])
@@ -107,7 +122,7 @@ def test_a_queue_of_other_sizes_recorded_in_either_way(sizes, views):
 
 @pytest.mark.parametrize("fault", ["temperature", "order of views"])
 def test_a_fault_fails_where_no_step_is_free_of_the_lost_start(fault, monkeypatch):
-    case = contrast_case(4, 2, 8, 30, 3, True)
+    case = contrast_case(4, 2, 6, 30, 3, True)
     *where, replacement, _ = FAULTS[fault]
     for place in [where] if len(where) == 2 else [(module, *where) for module in (methods.mugs, tests.parity.mugs)]:
         monkeypatch.setattr(*place, replacement)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from models.blocks import Block
 from models.ladder import Ladder
 from tests.twins import agrees, golden, random, randomise, rewrite, stored
 
@@ -79,3 +80,62 @@ def test_schedules_of_other_lengths():
     momentum = [0.2 + 0.7 * (1 + math.cos(math.pi * i / 15)) / 2 for i in range(15)]
     case.params |= {"variants": [v]}
     agrees(rewrite(case, {}, {"v/lr": np.array(warm + fall), "v/tnorm_momentum": np.array(momentum)}))
+
+
+def block_of(state: dict, x: torch.Tensor, heads: int, kept: list) -> torch.Tensor:
+    """A block as it is written, of which ``kept`` says how much of each branch (batch,) an image has."""
+    for branch, share in zip(("attn", "mlp"), kept, strict=True):
+        norm = f"norm{1 + (branch == 'mlp')}"
+        y = F.layer_norm(x, x.shape[-1:], state[f"{norm}.weight"], state[f"{norm}.bias"], 1e-6)
+        if branch == "attn":
+            q, k, v = (y @ state["attn.qkv.weight"].T + state["attn.qkv.bias"]).chunk(3, dim=-1)
+            q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (q, k, v))
+            y = ((q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+            y = y @ state["attn.proj.weight"].T + state["attn.proj.bias"]
+        else:
+            y = F.gelu(y @ state["mlp.fc1.weight"].T + state["mlp.fc1.bias"])
+            y = y @ state["mlp.fc2.weight"].T + state["mlp.fc2.bias"]
+        x = x + share[:, None, None] * y
+    return x
+
+
+def test_stochastic_depth_of_other_rates_widths_and_batches():
+    case, inputs, outputs = golden("unic", "stochastic_depth"), {}, {}
+    case.params |= {"dim": 6, "heads": 3, "subset_rates": [0.5, 0.25, 0.4], "persample_rate": 0.05, "batch": 4}
+    for seed, kind in enumerate(("subset0", "subset1", "subset2", "persample")):
+        state = randomise(Block(6, 3, mlp_ratio=2), seed=seed).state_dict()
+        x, kept = random(4, 5, 6, seed=seed), []
+        for branch, name in enumerate(("attn", "ffn")):
+            if kind == "persample":
+                keeps = np.array([0.0, 1.0, 1.0, 0.0] if branch else [1.0, 0.0, 1.0, 1.0])
+                inputs[f"{kind}/in/keep_{name}"] = keeps
+                kept.append(torch.from_numpy(keeps) / 0.95)
+            else:
+                order = torch.randperm(4, generator=torch.Generator().manual_seed(5 * seed + branch))
+                count = max(1, int(4 * (1 - case.params["subset_rates"][seed])))
+                inputs[f"{kind}/in/perm_{name}"] = order
+                kept.append(torch.zeros(4).double().index_fill(0, order[:count], 4 / count))
+        inputs |= stored(f"{kind}/sd", state) | {f"{kind}/in/x": x}
+        outputs[f"{kind}/out/y"] = block_of(state, x, 3, kept)
+    agrees(rewrite(case, inputs, outputs))
+
+
+def test_standardisation_of_other_widths_steps_and_momenta_in_one_process():
+    case = golden("unic", "standardise")
+    momenta, inputs, outputs = [1.0, 0.3, 0.6], {}, {}
+    for seed, (kind, shape) in enumerate((("cls", (3, 7, 4)), ("patch", (3, 7, 2, 4)))):
+        x = inputs[f"in/{kind}"] = random(*shape, seed=seed) * 2 + 1
+        mean, std, found = torch.zeros(4).double(), torch.ones(4).double(), {"y": [], "mean_after": [], "std_after": []}
+        for features, momentum in zip(x, momenta, strict=True):
+            found["y"].append((features - mean) / (std + 1e-6))
+            rows = features.reshape(-1, 4)
+            mean = (1 - momentum) * mean + momentum * rows.mean(dim=0)
+            std = (1 - momentum) * std + momentum * (rows.std(dim=0) + 1e-6)
+            found["mean_after"].append(mean.view((1,) * (x.ndim - 2) + (4,)))
+            found["std_after"].append(std.view((1,) * (x.ndim - 2) + (4,)))
+        outputs |= {f"out/{kind}/{name}": torch.stack(values) for name, values in found.items()}
+        if kind == "cls":
+            outputs["out/cls/y_eval_momentum0"] = (x[-1] - mean) / (std + 1e-6)
+            outputs["out/cls/y_no_ema"] = (x[0] - x[0].mean(dim=0)) / (x[0].std(dim=0) + 1e-6)
+    case.params["steps"] = 3
+    agrees(rewrite(case, inputs | {"in/momentum": np.array(momenta)}, outputs))

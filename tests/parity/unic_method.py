@@ -85,8 +85,11 @@ def standardise(case: Case) -> Iterator[tuple]:
         for name in ("y", "mean_after", "std_after"):
             label = f"out/{kind}/{name}"
             yield label, torch.stack(found[f"{kind}/{name}"]), case.arrays[label]
-        yield f"out/{kind}/y_eval_momentum0", later, case.arrays[f"out/{kind}/y_eval_momentum0"]
-        yield f"out/{kind}/y_no_ema", own, case.arrays[f"out/{kind}/y_no_ema"]
+        for name, value in (("y_eval_momentum0", later), ("y_no_ema", own)):
+            if f"out/{kind}/{name}" in case.arrays:
+                yield f"out/{kind}/{name}", value, case.arrays[f"out/{kind}/{name}"]
+    if "in/two_ranks" not in case.arrays:
+        return
     for label, *values in on_ranks(standardise_on_rank)(two_ranks_of(case)):
         yield re.sub(r"/y_(rank\d+)$", r"/\1_y", label), *values
 

@@ -69,10 +69,14 @@ def outputs_of(model: VisionTransformer, images: torch.Tensor) -> dict[str, torc
 def stochastic_depth(case: Case) -> Iterator[tuple]:
     """Draws that keep what the case kept: the largest are those that come first in its permutation."""
     p = case.params
-    rates = {f"subset{i}": rate for i, rate in enumerate(p["subset_rates"])} | {"persample": p["persample_rate"]}
+    rates = {f"subset{i}": rate for i, rate in enumerate(p["subset_rates"])} | {"persample": p.get("persample_rate")}
     for kind, rate in rates.items():
-        block = Block(p["dim"], p["heads"], drop_path=rate, norm_eps=1e-6).to(case.dtype)
-        block.load_state_dict(case.state("sd") if case.names("sd/") else case.state(f"{kind}/sd"))
+        if f"{kind}/in/x" not in case.arrays:
+            continue
+        state = case.state("sd") if case.names("sd/") else case.state(f"{kind}/sd")
+        ratio = len(state["mlp.fc1.weight"]) / p["dim"]
+        block = Block(p["dim"], p["heads"], mlp_ratio=ratio, drop_path=rate, norm_eps=1e-6).to(case.dtype)
+        block.load_state_dict(state)
         x = case.tensor(f"{kind}/in/x")
         batch, tokens, _ = x.shape
         uniforms = np.zeros((1, 2, batch))
