@@ -26,7 +26,7 @@ FEATURE = re.compile(
 
 
 def checkpoint_features(case: Case) -> Iterator[tuple]:
-    names = [re.match(r"\S+\.pth", said)[0] for said in case.params["files"].values()]
+    names = [said.split()[0] for said in case.params["files"].values()]
     files = {name: load_file(case.folder / name) for name in names}
     training = {name: file for name, file in files.items() if "teacher" in file}
     for name, file in training.items():
@@ -41,6 +41,7 @@ def layout(case: Case, name: str, file: dict) -> Iterator[tuple]:
     """What stands in a file, and that a method of its sizes has and takes the same."""
     p = case.params
     sizes = {"dim": "embed_dim", "depth": "depth", "heads": "num_heads", "patch": "patch_size", "img": "img_size"}
+    sizes |= {"mlp_ratio": "mlp_ratio"}
     ours = {short: p["model"][long] for short, long in sizes.items()}
     names = {"hid": "hidden", "pred": "pred_hidden", "out": "out", "gout": "group_out", "bott": "bottleneck"}
     ours |= {short: p["head_sizes"][long] for short, long in names.items()}
@@ -75,7 +76,8 @@ def feature_of(case: Case, name: str, label: str) -> torch.Tensor:
     match = OUTPUT.fullmatch(label)
     images, feature = case.tensor("in.images_rect" if match["rect"] else "in.images"), match["feature"]
     pooled = feature.endswith("_feature_meanpool")
-    sizes = {size: case.params["model"][size] for size in ("embed_dim", "depth", "num_heads", "patch_size", "img_size")}
+    names = ("embed_dim", "depth", "num_heads", "patch_size", "img_size", "mlp_ratio", "qkv_bias")
+    sizes = {size: case.params["model"][size] for size in names}
     model = VisionTransformer(**sizes).to(case.dtype).eval()
     load_tensors(model, *read_backbone(case.folder / name, match["key"]))
     if pooled:  # with a norm that is fresh

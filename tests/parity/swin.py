@@ -190,9 +190,8 @@ def esvit_multicrop(case: Case) -> Iterator[tuple]:
 def esvit_checkpoint_features(case: Case) -> Iterator[tuple]:
     for file in case.params["files"]:
         for key in ("teacher", "student"):
-            swin = build_swin(case.params["arch_config"])
+            swin = build_swin(case.params["arch_config"]).to(case.dtype).eval()
             load_backbone(swin, case.folder / file, key)
-            swin = swin.to(case.dtype).eval()
             for label in case.names(f"{key}_"):
                 kind, size = label.removeprefix(f"{key}_").rsplit("_", 1)
                 images = (case.tensor(f"u8_{size}").to(case.dtype) - 128) / 64
