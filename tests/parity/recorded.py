@@ -13,8 +13,7 @@ import torch.nn.functional as F
 
 from tests.parity import Case
 
-STARTS, ROUNDS = 60, 300  # of the search for what a queue was
-STALLED = 25  # rounds that have to make the sum of squares a tenth smaller
+STARTS, ROUNDS = 20, 1500  # of the search for what a queue was; without local views it is a long way down
 SOLVED = 1e-24  # sum of squares
 
 
@@ -70,7 +69,7 @@ def _columns(queue: torch.Tensor, lost: torch.Tensor, step: tuple, temperature: 
 
 def _least_squares(residuals, x: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Levenberg and Marquardt's way down from ``x``."""
-    damping, off, costs = 1e-3, residuals(x), []
+    damping, off = 1e-3, residuals(x)
     for _ in range(ROUNDS):
         jacobian = torch.func.jacrev(residuals)(x)
         square = jacobian.t() @ jacobian
@@ -79,9 +78,7 @@ def _least_squares(residuals, x: torch.Tensor) -> tuple[torch.Tensor, float]:
         new = residuals(x + step)
         better = new.square().sum() < off.square().sum()
         x, off, damping = (x + step, new, damping / 5) if better else (x, off, damping * 4)
-        costs.append(off.square().sum().item())
-        stalled = len(costs) > STALLED and costs[-1] > max(SOLVED, 0.9 * costs[-1 - STALLED])
-        if stalled or costs[-1] < 1e-29 or damping > 1e12:
+        if off.square().sum() < 1e-29 or damping > 1e12:
             break
     return x, off.square().sum().item()
 
