@@ -110,13 +110,13 @@ def contrast_case(crops: int, batch: int, dim: int, size: int, steps: int, views
     return rewrite(case, inputs, outputs)
 
 
-SIZES = [(5, 1, 6, 4, 3), (4, 2, 6, 30, 3), (6, 2, 10, 7, 4), (4, 2, 5, 4, 1)]
+SIZES = [(5, 1, 6, 4, 3), (2, 1, 6, 5, 4), (4, 2, 6, 30, 3), (6, 2, 10, 7, 4), (4, 2, 5, 4, 1)]
 
 
 @pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "-".join(map(str, sizes)))
 def test_a_queue_of_other_sizes_recorded_in_either_way(sizes, views):
-    """Smaller and larger than what all steps write, written over twice, and one step."""
+    """Smaller and larger than what all steps write, without local views, written over twice, and one step."""
     agrees(contrast_case(*sizes, views))
 
 

@@ -189,6 +189,14 @@ def randomise_student(method: Method) -> Method:
     return method
 
 
+def mugs_forward(plain: dict, method: Method, batch: dict, clock: Clock) -> torch.Tensor:
+    crops, raw = batch["crops"], plain["textbook"].raw_tokens
+    with torch.no_grad():
+        theirs = [raw(method.teacher.backbone, torch.cat(crops[:2]), None)]
+    ours = [raw(method.student.backbone, torch.cat(crops[s]), None) for s in (slice(2, 4), slice(4, None))]
+    return plain["mugs"].heads_and_loss(method, theirs, ours, batch["weak"], clock)
+
+
 def test_a_run_of_mugs_with_other_sizes_queues_and_rates(plain):
     """Two local crops of another size, and a student's memory into which some steps write nothing."""
     case = golden("mugs", "trajectory")
@@ -222,11 +230,7 @@ def test_a_run_of_mugs_with_other_sizes_queues_and_rates(plain):
     ]
 
     def forward(method, batch, clock):
-        crops, raw = batch["crops"], plain["textbook"].raw_tokens
-        with torch.no_grad():
-            theirs = [raw(method.teacher.backbone, torch.cat(crops[:2]), None)]
-        ours = [raw(method.student.backbone, torch.cat(crops[s]), None) for s in (slice(2, 4), slice(4, None))]
-        loss = plain["mugs"].heads_and_loss(method, theirs, ours, batch["weak"], clock)
+        loss = mugs_forward(plain, method, batch, clock)
         parts = [*method.queues.values(), *(method.memories[side] for side in ("student", "teacher"))]
         pointers.append([int(part.queue_ptr) for part in parts])
         found["center"].append(method.centres.center[0].clone())
@@ -250,5 +254,32 @@ def test_a_run_of_mugs_with_other_sizes_queues_and_rates(plain):
         outputs |= {f"out.final_{side}_mem_{k}": getattr(method.memories[side], f"queue_{k}") for k in "qk"}
     outputs |= {f"out.final_queue_{k}": method.queues[f"{k.replace('_', '-')}-sup"].queue for k in ("instance",)}
     case.__dict__["arrays"] = as_arrays(inputs | outputs)
+    case.entry["outputs"] = [{"key": name} for name in outputs]
+    agrees(case)
+
+
+def test_a_variant_of_mugs_with_another_clip_and_freeze(plain):
+    """From the start of the golden run."""
+    base, case = golden("mugs", "trajectory"), golden("mugs", "trajectory_variants")
+    changes = {"loss_weights": [1, 1, 1], "optimizer": "adamw", "clip_grad": 0.02, "freeze_last_layer": 0}
+    case.params["variants"] = {"mine": changes | {"epochs_run": 1}}
+    p = base.params
+    method, niter = mugs_method(base, p | {"freeze": 0}), p["niter"]
+    batches = [
+        {
+            "crops": [base.tensor(name) for name in base.names(f"in.step{step}.crop")],
+            "weak": base.tensor(f"in.step{step}.weak").bool(),
+        }
+        for step in range(niter)
+    ]
+    rates = {kind: p[f"{kind}_per_step"][:niter] for kind in ("lr", "wd", "momentum")}
+    sizes = {"niter": niter, "batch": p["B"], "clip_grad": 0.02}
+    steps = run(method, lambda *of: mugs_forward(plain, *of), batches, rates, sizes, plain["textbook"].update)
+    outputs = {"out.mine.epoch_loss_total": [np.mean([step["loss"] for step in steps])]}
+    for side in ("student", "teacher"):
+        state = to_file(getattr(method, side).state_dict())
+        order = [name for name in p["student_tensor_order"] if name in state]
+        outputs[f"out.mine.{side}_sum_norm"] = [[state[n].sum().item(), state[n].norm().item()] for n in order]
+    case.__dict__["arrays"] = as_arrays(outputs)
     case.entry["outputs"] = [{"key": name} for name in outputs]
     agrees(case)
