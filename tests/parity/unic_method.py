@@ -236,7 +236,8 @@ def trajectory(case: Case) -> Iterator[tuple]:
 
     yield "lr, a loss's step", diary.column("lr"), case.arrays["in/lr"]
     yield "tnorm_momentum, a loss's step", diary.column("momentum"), case.arrays["in/tnorm_momentum"]
-    yield "out/loss", diary.column("loss"), case.arrays["out/loss"]
+    if "out/loss" in case.arrays:
+        yield "out/loss", diary.column("loss"), case.arrays["out/loss"]
     parts = {key: part.state_dict() for key, part in method.checkpoint_parts().items()}
     for label in case.names("out/stats/"):
         teacher, kind, name = label.split("/")[2:]
@@ -244,10 +245,10 @@ def trajectory(case: Case) -> Iterator[tuple]:
     for label in case.names("out/student/"):
         yield label, parts["model"][label.removeprefix("out/student/")], case.arrays[label]
     student = case.tolerance_of("student")
-    for name, sums in case.arrays["final_student"].items():
+    for name, sums in case.arrays.get("final_student", {}).items():
         found = parts["model"][name]
         yield f"final_student {name}", [found.sum(), found.norm()], [sums["sum"], sums["l2"]], student
-    for at, (seen, expected) in enumerate(zip(diary.steps, case.arrays["grads_seen_by_optimizer"], strict=True)):
+    for at, (seen, expected) in enumerate(of_steps(case, diary, "grads_seen_by_optimizer")):
         yield f"grads_seen_by_optimizer {at}", sorted(seen["grads"]), sorted(expected)
         for name, sums in expected.items():
             grad, label = seen["grads"][name], f"grads_seen_by_optimizer {at} {name}"
@@ -255,7 +256,7 @@ def trajectory(case: Case) -> Iterator[tuple]:
                 yield label, grad, sums
             else:
                 yield label, [grad.sum(), grad.norm()], [sums["sum"], sums["l2"]], student
-    for at, (seen, expected) in enumerate(zip(diary.steps, case.arrays["metrics"], strict=True)):
+    for at, (seen, expected) in enumerate(of_steps(case, diary, "metrics")):
         losses = torch.tensor([[seen[f"loss/{kind}_{t}"] for kind in KINDS] for t in method.names], dtype=case.dtype)
         kept = torch.tensor([seen[f"kept/{t}"] for t in method.names], dtype=case.dtype)
         found = metrics_of(method.names, losses, kept) | {"loss/dist": seen["loss"]}
@@ -263,6 +264,11 @@ def trajectory(case: Case) -> Iterator[tuple]:
         for name in expected:
             if "_cos_" not in name and "_sl1_" not in name:  # of these the case of the loss has the sum's parts
                 yield f"metrics {at} loss {name}", found[name], expected[name]
+
+
+def of_steps(case: Case, diary: UNICDiary, name: str) -> Iterator[tuple[dict, dict]]:
+    """What was seen at every step and what is recorded of it, where the case has that."""
+    return zip(diary.steps, case.arrays[name], strict=True) if name in case.arrays else iter(())
 
 
 def golden_method(case: Case, a: dict) -> UNIC:
