@@ -56,7 +56,7 @@ def test_a_backbone_of_other_heads_depth_and_grids_that_are_not_square():
             images = random(3, 3, height, width, seed=7)
             patches = F.conv2d(images, network.patch_embed.proj.weight, network.patch_embed.proj.bias, stride=4)
             grid = (height // 4, width // 4)
-            moved = resampling_matrix(3, grid, exact=False) @ network.pos_embed[0, 1:]
+            moved = resampling_matrix((3, 3), grid, exact=False) @ network.pos_embed[0, 1:]
             positions = torch.cat((network.pos_embed[:, :1], moved[None]), dim=1)
             x = torch.cat((network.cls_token.expand(3, -1, -1), patches.flatten(2).transpose(1, 2)), dim=1) + positions
             layers, attention = [], None
