@@ -22,7 +22,7 @@ from models.safe_load import CheckpointError
 from models.vit import VisionTransformer
 from utils import Parser, UsageError, run_cli, save_torch
 
-VIT = r"(cls_token|pos_embed|register_tokens|patch_embed|blocks|norm)(\.|$)"
+VIT = r"(cls_token|pos_embed|pos_grid|register_tokens|patch_embed|blocks|norm)(\.|$)"
 SWIN = r"(patch_embed|layers|norm)\."
 
 

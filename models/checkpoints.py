@@ -25,6 +25,7 @@ from models import ALIASES, FAMILIES, VIL, VIT, backbone_names, build_backbone, 
 from models.blocks import ACTIVATIONS, Mlp
 from models.layouts.checks import unusable
 from models.layouts.names import NOT_NEEDED, State, grouped, plain_names, to_timm
+from models.layouts.positions import Grid, grid_of
 from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, gated_mlp, remedy, vit_arguments
 from models.reading import Info, read_backbone
 from models.safe_load import CheckpointError
@@ -163,12 +164,14 @@ def network_from_file(
     window_size: int | None = None,
     num_heads: int | None = None,
     act: str | None = None,
+    grid: Grid | None = None,
 ) -> Network:
     """Build the architecture a file was written with, or the given one, and load its backbone into it.
 
-    ``num_heads``, ``act``: of a vision transformer, which no tensor shows; None: as recorded, else as the architecture.
+    ``num_heads``, ``act``, ``grid`` (rows and columns of positions): of a vision transformer, which no tensor shows;
+    None: as recorded, else as the architecture, and a square.
     """
-    state, info = read_backbone(path, checkpoint_key)
+    state, info = read_backbone(path, checkpoint_key, grid=grid)
     return network_from_state(state, info, arch, patch_size, window_size, num_heads=num_heads, act=act)
 
 
@@ -201,8 +204,10 @@ def assumed(model: nn.Module, info: Info, num_heads: int | None, act: str | None
         words.append(f"{model.blocks[0].attn.num_heads} heads of attention (--num_heads)")
     if act is None and "act" not in info.arguments and isinstance(model.blocks[0].mlp, Mlp):
         words.append("GELU (--act)")
-    if model.fc_norm is None and "global_pool" not in info.arguments:
+    if not model.pools_patches and "global_pool" not in info.arguments:
         words.append("the class token as output")
+    if not info.grid_known:
+        words.append("positions {} x {} (--grid)".format(*model.grid))
     return f"{', '.join(words)}, which no tensor shows" if words else ""
 
 
@@ -250,7 +255,8 @@ def choose_architecture(
     arguments = family.arguments(shape | {name: value for name, value in asked.items() if value is not None})
     arguments |= {name: shape[name] for name in family.from_file if shape}
     if family is VIT and shape:  # as many positions as the file has, whatever patches are asked for
-        arguments["img_size"] = shape["img_size"] // shape["patch_size"] * arguments["patch_size"]
+        rows, columns = (count * arguments["patch_size"] for count in grid_of(state))
+        arguments["img_size"] = rows if rows == columns else (rows, columns)
     if family is VIL and info.arguments.get("vil_mode") == -1:  # the others are the same where nothing is trained
         arguments["vil_mode"] = -1
     if family is VIT:  # what no tensor shows
@@ -298,15 +304,23 @@ def _attention_and_mlp(arch: str, arguments: dict, info: Info, num_heads: int | 
 
 def add_unseen_arguments(parser: argparse._ActionsContainer) -> None:
     """What no tensor of a vision transformer shows."""
-    parser.add_argument("--num_heads", default=None, type=_heads, help="of attention; left out: the architecture's own")
+    parser.add_argument("--num_heads", default=None, type=_count, help="of attention; left out: the architecture's own")
     parser.add_argument(
         "--act", default=None, choices=ACTIVATIONS, help="of its MLPs; left out: as recorded, else gelu"
     )
+    parser.add_argument(
+        "--grid",
+        default=None,
+        type=_count,
+        nargs=2,
+        metavar=("ROWS", "COLUMNS"),
+        help="of its positions, without the class token; left out: as recorded, else a square",
+    )
 
 
-def _heads(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a number of heads, at least 1")
+        raise argparse.ArgumentTypeError(f"{text}: a number, at least 1")
     return int(text)
 
 
@@ -325,7 +339,7 @@ def main() -> int:
     add_unseen_arguments(parser)
     parser.add_argument("--to", default=None, help="write the backbone here, .pth or .safetensors, under timm's names")
     args = parser.parse_args()
-    state, info = read_backbone(args.file, args.checkpoint_key)
+    state, info = read_backbone(args.file, args.checkpoint_key, grid=args.grid)
 
     def say(label: str, text: object) -> None:
         print(f"{label:<12}{shortened(text, LONGEST_LINE)}")
@@ -390,7 +404,7 @@ def _convert(state: State, info: Info, target: Path, say: Callable) -> None:
     if target.exists() and target.samefile(info.path):
         raise UsageError(f"--to {target}: this is the checkpoint itself; choose another name")
     flat = {name: tensor for name, tensor in state.items() if info.layout.belongs_to_backbone(name)}
-    if flat["cls_token"].shape[1] > 1:
+    if "cls_token" in flat and flat["cls_token"].shape[1] > 1:
         say("note", "timm knows one class token: the others are left out, which changes the features slightly")
     flat = to_timm(flat)
     try:

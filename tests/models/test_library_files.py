@@ -33,9 +33,10 @@ def unlike_at_the_start(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def error(network, expected: Callable, side: int = 32) -> float:
+def error(network, expected: Callable, side: int | tuple[int, int] = 32) -> float:
     """Relative, of the features of two random images."""
-    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    height, width = (side, side) if isinstance(side, int) else side
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours, theirs = network.model.eval()(images), expected(images)
     assert ours.shape == theirs.shape
@@ -115,8 +116,11 @@ def test_a_key_that_was_given_and_is_not_there_is_refused_with_those_that_are(tm
         ({"qkv_bias": False}, {}),
         ({"init_values": 0.1}, {}),
         ({"reg_tokens": 4, "no_embed_class": True}, {}),
-        ({"no_embed_class": True}, {}),
+        ({"no_embed_class": True}, {"grid": (4, 4)}),
         ({"global_pool": "avg"}, {}),
+        ({"global_pool": "avg", "class_token": False}, {}),
+        ({"global_pool": "avg", "class_token": False, "fc_norm": False, "init_values": 0.1}, {}),
+        ({"global_pool": "avg", "class_token": False, "reg_tokens": 4}, {}),
         ({"num_classes": 5}, {}),
     ],
 )
@@ -141,7 +145,11 @@ def test_what_no_tensor_shows_is_said_and_read_from_a_configuration_or_from_opti
     ):
         monkeypatch.setattr(sys, "argv", ["checkpoints", str(path), *options])
         assert main() == 0 and words in capsys.readouterr().out
-    config = {"architecture": "vit_micro_quickgelu", "model_args": {"num_heads": 8}, "global_pool": "token"}
+    config = {
+        "architecture": "vit_micro_quickgelu",
+        "model_args": {"num_heads": 8, "img_size": 32},
+        "global_pool": "token",
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     network = read(tmp_path, other.state_dict())
     assert error(network, other) < 1e-5 and network.report.assumed == ""
@@ -164,6 +172,59 @@ def test_where_timm_loads_the_file_the_advice_says_timm(tmp_path):
         with pytest.raises(CheckpointError) as caught:  # what was given is not asked for
             network_from_file(tmp_path / "file.pth", arch="vit_tiny", patch_size=16)
         assert "pass its --arch" not in str(caught.value)
+
+
+# ---- positions on other grids than squares ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "options"),
+    [
+        (4, 6, {}),  # 25 positions: a square
+        (3, 5, {"reg_tokens": 4}),  # registers with positions
+        (2, 8, {"no_embed_class": True}),  # 16 positions: a square
+        (5, 3, {"class_token": False, "global_pool": "avg"}),
+        (2, 8, {}),  # 17 positions: a square and one more
+    ],
+)
+def test_a_grid_that_is_no_square_is_read_where_it_is_told_or_recorded(tmp_path, rows, columns, options):
+    size = (8 * rows, 8 * columns)
+    theirs = timm_vit(img_size=size, **options)
+    wanted = {"img_size": size}
+    for content, told in (
+        (theirs.state_dict(), {"grid": (rows, columns)}),
+        ({"state_dict": theirs.state_dict(), "args": wanted}, {}),
+        ({"state_dict": theirs.state_dict(), "args": {"img_size": None, "input_size": (3, *size)}}, {}),
+    ):
+        network = read(tmp_path, content, **told)
+        assert error(network, theirs, size) < 1e-5 and "--grid" not in network.report.assumed
+    torch.save(network.model.state_dict(), tmp_path / "ours.pth")  # which says its grid itself
+    assert error(network_from_file(tmp_path / "ours.pth"), theirs, size) < 1e-5
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_x", "model_args": wanted}))
+    torch.save(theirs.state_dict(), tmp_path / "file.pth")
+    if options.get("global_pool") != "avg":
+        assert error(network_from_file(tmp_path / "file.pth"), theirs, size) < 1e-5
+
+
+def test_a_grid_that_nothing_tells_is_refused_or_said_to_be_assumed(tmp_path, monkeypatch, capsys):
+    for options in ({"img_size": (32, 48)}, {"no_embed_class": True}, {"img_size": (24, 40)}):
+        with pytest.raises(CheckpointError, match=r"positions are of a grid that nothing tells.*pass --grid ROWS COL"):
+            read(tmp_path, timm_vit(**options).state_dict())
+    with pytest.raises(CheckpointError, match=r"--grid 4 5: it holds 16 positions, .* leave -4 for 1 class tokens"):
+        network_from_file(tmp_path / "file.pth", grid=(4, 5))
+    network = read(tmp_path, timm_vit(img_size=(16, 64)).state_dict())
+    assert "positions 4 x 4 (--grid)" in network.report.assumed
+    usual = timm_vit(img_size=224, patch_size=32, no_embed_class=True)  # as DeiT III's
+    network = read(tmp_path, usual.state_dict())
+    assert error(network, usual, 224) < 1e-5 and "positions 7 x 7 (--grid)" in network.report.assumed
+    torch.save(timm_vit(img_size=(32, 48)).state_dict(), tmp_path / "file.pth")
+    for options, code, words in (
+        (["--grid", "4", "6"], 0, "4 x 6 positions (32 x 48 px)"),
+        ([], 2, "--grid ROWS COLUMNS"),
+        (["--arch", "vit_micro", "--patch_size", "8"], 1, "--grid ROWS COLUMNS"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["checkpoints", str(tmp_path / "file.pth"), *options])
+        assert main() == code and words in capsys.readouterr().out
 
 
 # ---- other networks -------------------------------------------------------------------------------------------------
