@@ -276,6 +276,14 @@ def test_hugging_faces_deit_and_swin_are_read(tmp_path):
 
 
 def test_shards_of_fsdp_are_named(tmp_path):
+    from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+
+    with pytest.raises(CheckpointError, match="one process's shard .*FULL_STATE_DICT"):
+        read(tmp_path, {"cls_token": ShardedTensor})  # as FSDP's SHARDED_STATE_DICT and LOCAL_STATE_DICT name it
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / ".metadata").touch()
+    with pytest.raises(CheckpointError, match="format_utils dcp_to_torch"):
+        network_from_file(tmp_path / "shards")
     with pytest.raises(CheckpointError, match="FULL_STATE_DICT"):
         read(
             tmp_path, prefixed("_fsdp_wrapped_module.", {"flat_param": torch.zeros(9), "a.flat_param": torch.zeros(9)})
