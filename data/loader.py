@@ -20,7 +20,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data import waiting
 from data.datasets import BadImage, Source
@@ -132,7 +132,8 @@ class TrainLoader:
             # the loader notices it as well, when it waits for the next piece
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         died = ""
-        watched = None if self.num_workers else waiting.watch(self.dataset.reading, "the loading of images")
+        watched = self.dataset.reading, "the loading of images", self.stop_requested
+        watcher = None if self.num_workers else waiting.watch(*watched)
         try:
             while (piece := self._next(pieces)) is not None:
                 yield _checked(piece)
@@ -141,8 +142,8 @@ class TrainLoader:
                 raise
             died = ", ".join(_ending(worker.exitcode) for worker in workers if worker.exitcode) or "without a signal"
         finally:
-            if watched is not None:
-                watched.set()
+            if watcher is not None:
+                watcher.set()
         if died:
             del pieces  # ends the remaining workers, which the error's traceback would keep
             raise UsageError(
@@ -161,11 +162,7 @@ class TrainLoader:
                     raise
             asked = None if not self.stop_requested() else asked or time.monotonic()
             if asked and time.monotonic() - asked >= waiting.GRACE:
-                raise RunStopped(
-                    "stopped on request while waiting for images that do not come; the same command continues from "
-                    "what was saved last",
-                    exit_code=EXIT_REQUEUE,
-                )
+                raise RunStopped(waiting.STOPPED, exit_code=EXIT_REQUEUE)
 
     def piece(self, epoch: int, step: int, piece: int = 0) -> dict:
         """Any piece by itself, made in this process: for a first look at the data, and to replay a step."""
@@ -294,7 +291,7 @@ def _init_worker(worker: int) -> None:
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_the_parent_says_so, args=(os.getppid(),), daemon=True).start()
-    waiting.watch(get_worker_info().dataset.reading, f"worker {worker}")  # a thread of it must not hear SIGTERM either
+    waiting.watch_worker(worker)  # a thread of it must not hear SIGTERM either
 
 
 def _end_when_the_parent_says_so(parent: int) -> None:
