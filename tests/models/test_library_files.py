@@ -278,7 +278,7 @@ def test_hugging_faces_deit_and_swin_are_read(tmp_path):
 def test_shards_of_fsdp_are_named(tmp_path):
     from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
-    with pytest.raises(CheckpointError, match="one process's shard .*FULL_STATE_DICT"):
+    with pytest.raises(CheckpointError, match=r"one process's shard .*FULL_STATE_DICT"):
         read(tmp_path, {"cls_token": ShardedTensor})  # as FSDP's SHARDED_STATE_DICT and LOCAL_STATE_DICT name it
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / ".metadata").touch()
