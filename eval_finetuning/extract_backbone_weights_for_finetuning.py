@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from models.adapt import select_class_tokens
-from models.checkpoints import load_tensors, network_from_file
+from models.checkpoints import network_from_file
 from models.layouts.names import NOT_NEEDED, State
 from models.layouts.shapes import arch_of, describe, swin_arguments, vit_arguments
+from models.matching import load_tensors
 from models.reading import Info, read_backbone
 from models.safe_load import CheckpointError
 from models.vit import VisionTransformer
