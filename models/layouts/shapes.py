@@ -32,7 +32,7 @@ def vit_arguments(state: State) -> dict | None:
     except KeyError:
         return None
     check_shapes(state)
-    if classes is None and (positions.ndim != 3 or patch.ndim != 4 or hidden.ndim != 2):
+    if classes is None and (positions.ndim != 3 or patch.ndim != 4 or hidden.ndim != 2 or "attn_pool.latent" in state):
         return None
     grid = grid_of(state)
     if grid is None or qkv.shape[0] != 3 * patch.shape[0]:
@@ -217,8 +217,10 @@ def describe(state: State) -> str:
 
 def open_positions(state: State) -> int:
     """How many positions a plain vision transformer has whose grid is not known (models/layouts/positions.py), or 0."""
-    names = {"pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
+    names = {"pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
     if any(mark in state for mark in TIMM_ONLY) or not names <= state.keys() or vit_arguments(state):
+        return 0
+    if {state["pos_embed"].ndim, state.get("cls_token", state["pos_embed"]).ndim} != {3}:
         return 0
     return state["pos_embed"].shape[1] if grid_of(state) is None else 0
 
@@ -244,6 +246,7 @@ TIMM_ONLY = {  # a tensor -> of the networks that have it one that timm builds
     "blocks.0.attn.q_bias": "beit_base_patch16_224",
     "rel_pos_bias.relative_position_bias_table": "beit_base_patch16_224",
     "layers.0.blocks.0.attn.cpb_mlp.0.weight": "swinv2_tiny_window8_256",
+    "attn_pool.latent": "vit_base_patch16_siglip_224",
     "stem.0.weight": "convnext_tiny",
     "patch_embed.proj.0.0.weight": "xcit_small_12_p16_224",
     "blocks_token_only.0.gamma_1": "cait_xxs24_224",

@@ -16,6 +16,7 @@ from models.safe_load import CheckpointError
 from models.vit import VisionTransformer
 from utils import UsageError
 
+NO_CLASS = {"class_token": False, "global_pool": "avg"}
 MICRO = {"patch_size": 8, "img_size": 32, "embed_dim": 128, "depth": 4, "num_heads": 4}
 
 
@@ -118,9 +119,9 @@ def test_a_key_that_was_given_and_is_not_there_is_refused_with_those_that_are(tm
         ({"reg_tokens": 4, "no_embed_class": True}, {}),
         ({"no_embed_class": True}, {"grid": (4, 4)}),
         ({"global_pool": "avg"}, {}),
-        ({"global_pool": "avg", "class_token": False}, {}),
-        ({"global_pool": "avg", "class_token": False, "fc_norm": False, "init_values": 0.1}, {}),
-        ({"global_pool": "avg", "class_token": False, "reg_tokens": 4}, {}),
+        (NO_CLASS, {}),
+        (NO_CLASS | {"fc_norm": False, "init_values": 0.1}, {}),
+        (NO_CLASS | {"reg_tokens": 4}, {}),
         ({"num_classes": 5}, {}),
     ],
 )
@@ -163,7 +164,8 @@ def test_a_width_without_a_name_asks_for_the_number_of_heads(tmp_path):
 
 
 def test_where_timm_loads_the_file_the_advice_says_timm(tmp_path):
-    for name in ("deit_tiny_distilled_patch16_224", "beit_base_patch16_224", "xcit_nano_12_p16_224"):
+    names = ("deit_tiny_distilled_patch16_224", "beit_base_patch16_224", "xcit_nano_12_p16_224")
+    for name in (*names, "vit_base_patch16_siglip_224"):
         with torch.device("meta"):
             names = timm.create_model(name, num_classes=0).state_dict()
         state = {key: torch.zeros(tensor.shape) for key, tensor in names.items() if ".1" not in key}
@@ -183,7 +185,7 @@ def test_where_timm_loads_the_file_the_advice_says_timm(tmp_path):
         (4, 6, {}),  # 25 positions: a square
         (3, 5, {"reg_tokens": 4}),  # registers with positions
         (2, 8, {"no_embed_class": True}),  # 16 positions: a square
-        (5, 3, {"class_token": False, "global_pool": "avg"}),
+        (5, 3, NO_CLASS),
         (2, 8, {}),  # 17 positions: a square and one more
     ],
 )
@@ -207,10 +209,15 @@ def test_a_grid_that_is_no_square_is_read_where_it_is_told_or_recorded(tmp_path,
 
 
 def test_a_grid_that_nothing_tells_is_refused_or_said_to_be_assumed(tmp_path, monkeypatch, capsys):
-    for options in ({"img_size": (32, 48)}, {"no_embed_class": True}, {"img_size": (24, 40)}):
+    for options in (
+        {"img_size": (32, 48)},
+        {"no_embed_class": True},
+        {"img_size": (24, 40)},
+        NO_CLASS | {"img_size": (24, 40)},
+    ):
         with pytest.raises(CheckpointError, match=r"positions are of a grid that nothing tells.*pass --grid ROWS COL"):
             read(tmp_path, timm_vit(**options).state_dict())
-    with pytest.raises(CheckpointError, match=r"--grid 4 5: it holds 16 positions, .* leave -4 for 1 class tokens"):
+    with pytest.raises(CheckpointError, match=r"--grid 4 5: it holds 15 positions, .* leave -5 for 0 class tokens"):
         network_from_file(tmp_path / "file.pth", grid=(4, 5))
     network = read(tmp_path, timm_vit(img_size=(16, 64)).state_dict())
     assert "positions 4 x 4 (--grid)" in network.report.assumed
