@@ -25,8 +25,9 @@ import torch
 
 from data.datasets import Source, open_training
 from data.decode import reading_from
+from data.device import to_device_ahead
 from data.index import refresh_indices
-from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
+from data.loader import TrainLoader, steps_per_epoch
 from data.published import DATASET_OPTIONS, place_from
 from lock import hold
 from methods import method_class

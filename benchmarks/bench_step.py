@@ -33,7 +33,8 @@ import torch
 from plain import textbook
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.loader import stack, to_device_ahead
+from data.device import to_device_ahead
+from data.loader import stack
 from methods import METHODS
 from methods.base import Clock, Method
 from models import build_backbone

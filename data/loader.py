@@ -1,4 +1,4 @@
-"""From a source of images to pieces of batches on the device, the same ones however they are made.
+"""From a source of images to pieces of batches, the same ones however they are made.
 
 Which images form a batch is a function of (seed, epoch, step), and what is cut from each of them a function of (seed,
 epoch, image). So workers hold no state, and their number, the number of processes, and where a run was interrupted
@@ -13,21 +13,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data import waiting
 from data.datasets import BadImage, Source
-from data.preprocess import MEAN, STD
+from data.device import normalise as normalise
+from data.device import to_device_ahead as to_device_ahead
 from data.repeated import REPEATS, RepeatedOrder, images_used
 from randomness import Permutation, counted_uniforms
-from utils import EXIT_REQUEUE, RunStopped, UsageError, World, log, to_device, usable_cpus
+from utils import EXIT_REQUEUE, RunStopped, UsageError, World, log, usable_cpus
 
 MAX_ATTEMPTS = 100
 _REPLACEMENT = 0x5EED  # keeps these draws apart from those of the crops
@@ -132,7 +133,8 @@ class TrainLoader:
             # the loader notices it as well, when it waits for the next piece
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         died = ""
-        watched = None if self.num_workers else waiting.watch(self.dataset.reading, "the loading of images")
+        watched = self.dataset.reading, "the loading of images", self.stop_requested
+        watcher = None if self.num_workers else waiting.watch(*watched)
         try:
             while (piece := self._next(pieces)) is not None:
                 yield _checked(piece)
@@ -141,8 +143,8 @@ class TrainLoader:
                 raise
             died = ", ".join(_ending(worker.exitcode) for worker in workers if worker.exitcode) or "without a signal"
         finally:
-            if watched is not None:
-                watched.set()
+            if watcher is not None:
+                watcher.set()
         if died:
             del pieces  # ends the remaining workers, which the error's traceback would keep
             raise UsageError(
@@ -161,11 +163,7 @@ class TrainLoader:
                     raise
             asked = None if not self.stop_requested() else asked or time.monotonic()
             if asked and time.monotonic() - asked >= waiting.GRACE:
-                raise RunStopped(
-                    "stopped on request while waiting for images that do not come; the same command continues from "
-                    "what was saved last",
-                    exit_code=EXIT_REQUEUE,
-                )
+                raise RunStopped(waiting.STOPPED, exit_code=EXIT_REQUEUE)
 
     def piece(self, epoch: int, step: int, piece: int = 0) -> dict:
         """Any piece by itself, made in this process: for a first look at the data, and to replay a step."""
@@ -294,93 +292,10 @@ def _init_worker(worker: int) -> None:
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_the_parent_says_so, args=(os.getppid(),), daemon=True).start()
-    waiting.watch(get_worker_info().dataset.reading, f"worker {worker}")  # a thread of it must not hear SIGTERM either
+    waiting.watch_worker(worker)  # a thread of it must not hear SIGTERM either
 
 
 def _end_when_the_parent_says_so(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# To the device
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def to_device_ahead(pieces: Iterable[dict], device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[dict]:
-    """The same pieces with tensors on ``device`` and uint8 images normalised; these and all crops in ``dtype``.
-
-    On a GPU the next piece is copied and normalised on a stream of its own while the present one is worked on.
-    """
-    if torch.device(device).type != "cuda":
-        constants = _constants(device, dtype)
-        for piece in pieces:
-            yield _sent(piece, device, dtype, constants)
-        return
-    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    with torch.cuda.stream(side):
-        constants = _constants(device, dtype)  # nothing but this stream ever reads them
-
-    def send(piece: dict) -> dict:
-        with torch.cuda.stream(side):
-            return _sent(piece, device, dtype, constants)
-
-    ahead = None
-    for piece in pieces:
-        sent = send(piece)
-        if ahead is not None:
-            yield ahead
-        main.wait_stream(side)
-        ahead = _map_tensors(sent, lambda tensor: _used_on(tensor, main))
-    if ahead is not None:
-        yield ahead
-
-
-Constants = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # white, mean, deviation
-
-
-def normalise(
-    images: torch.Tensor, dtype: torch.dtype = torch.float32, constants: Constants | None = None
-) -> torch.Tensor:
-    """(batch, 3, height, width) uint8 -> zero mean and unit variance over ImageNet.
-
-    parity: (x / 255 - mean) / std in this order, in float32 (float64 for that dtype), as ToTensor and Normalize.
-    """
-    white, mean, std = _constants(images.device, dtype) if constants is None else constants
-    return images.to(white.dtype).div_(white).sub_(mean).div_(std).to(dtype)
-
-
-def _constants(device: torch.device, dtype: torch.dtype) -> Constants:
-    """Tensors on the device: by a Python number, a GPU would multiply with the reciprocal, which is not the same."""
-    precision = torch.float64 if dtype == torch.float64 else torch.float32
-    white, mean, std = (to_device(torch.tensor(value, dtype=precision), device) for value in (255.0, MEAN, STD))
-    return white, mean.view(3, 1, 1), std.view(3, 1, 1)
-
-
-def _sent(piece: dict, device: torch.device, dtype: torch.dtype, constants: Constants) -> dict:
-    piece = _map_tensors(piece, lambda tensor: _prepare(tensor, device, dtype, constants))
-    if "crops" in piece:  # a recipe may make them normalised, in float32
-        piece["crops"] = [crop.to(dtype) for crop in piece["crops"]]
-    return piece
-
-
-def _prepare(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, constants: Constants) -> torch.Tensor:
-    tensor = tensor.to(device, non_blocking=True)
-    is_image = tensor.dtype == torch.uint8 and tensor.ndim == 4 and tensor.shape[1] == 3
-    return normalise(tensor, dtype, constants) if is_image else tensor
-
-
-def _used_on(tensor: torch.Tensor, stream: "torch.cuda.Stream") -> torch.Tensor:
-    tensor.record_stream(stream)
-    return tensor
-
-
-def _map_tensors(value, function: Callable):
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {name: _map_tensors(part, function) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_map_tensors(part, function) for part in value]
-    return value

@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 
 from models.adapt import select_class_tokens
-from models.checkpoints import load_tensors, network_from_file
+from models.checkpoints import network_from_file
 from models.layouts.names import NOT_NEEDED, State
 from models.layouts.shapes import arch_of, describe, swin_arguments, vit_arguments
+from models.matching import load_tensors
 from models.reading import Info, read_backbone
 from models.safe_load import CheckpointError
 from models.vit import VisionTransformer
 from utils import Parser, UsageError, run_cli, save_torch
 
-VIT = r"(cls_token|pos_embed|register_tokens|patch_embed|blocks|norm)(\.|$)"
+VIT = r"(cls_token|pos_embed|pos_grid|register_tokens|patch_embed|blocks|norm)(\.|$)"
 SWIN = r"(patch_embed|layers|norm)\."
 
 

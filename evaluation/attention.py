@@ -33,7 +33,7 @@ def class_token_names(model: torch.nn.Module) -> list[str]:
 
 
 def check_has_attention(model: torch.nn.Module) -> None:
-    if not hasattr(model, "get_last_selfattention"):
+    if not hasattr(model, "get_last_selfattention") or getattr(model, "num_class_tokens", 1) < 1:
         raise UsageError(
             f"{type(model).__name__}: no class token's attention to show; use one of our vision transformers (vit_*)"
         )

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset
 
+from data import waiting
 from data.datasets import BadImage, Source
 from evaluation.unreadable import Unreadable
 from models.vit import VisionTransformer
@@ -224,17 +225,24 @@ def batches(
     Images that cannot be read are put into ``unreadable`` instead; at the end it holds those of all processes.
     """
     indices = range(world.rank, len(source), world.size)
+    dataset = _Images(source, transform, indices)
     loader = DataLoader(
-        _Images(source, transform, indices),
+        dataset,
         batch_size=batch_size,
         num_workers=min(num_workers, usable_cpus(), -(-len(indices) // batch_size)),
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
+        worker_init_fn=waiting.watch_worker,
     )
-    for batch_indices, images, bad in loader:
-        unreadable += [Unreadable(*image) for image in bad]
-        if images is not None:
-            yield batch_indices, images.to(device, non_blocking=True)
+    watcher = None if loader.num_workers else waiting.watch(dataset.reading, "the loading of images")
+    try:
+        for batch_indices, images, bad in loader:
+            unreadable += [Unreadable(*image) for image in bad]
+            if images is not None:
+                yield batch_indices, images.to(device, non_blocking=True)
+    finally:
+        if watcher is not None:
+            watcher.set()
     unreadable[:] = sorted(image for part in all_gather_objects(unreadable) for image in part)
 
 
@@ -248,6 +256,7 @@ class _Images(Dataset):
 
     def __init__(self, source: Source, transform: Callable, indices: range):
         self.source, self.transform, self.indices = source, transform, indices
+        self.reading = waiting.Reading(source.image_name)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -255,7 +264,8 @@ class _Images(Dataset):
     def __getitem__(self, position: int) -> tuple[int, torch.Tensor] | Unreadable:
         index = self.indices[position]
         try:
-            return index, self.transform(self.source.pil(index))
+            with self.reading.of(index):
+                return index, self.transform(self.source.pil(index))
         except BadImage as error:
             return Unreadable(index, error.name or self.source.image_name(index), error.reason)
         except MemoryError:

@@ -96,7 +96,7 @@ def chosen_features(
                 "token only; pass --class_token cls or cls+, or --avgpool_patchtokens 2 (one after the other)"
             )
     model = network.model
-    pools = network.arch.startswith("timm/") or getattr(model, "fc_norm", None) is not None
+    pools = network.arch.startswith("timm/") or getattr(model, "pools_patches", False)
     others = [token for token in tokens if token != CLS]
     if others and (pools or getattr(model, "num_class_tokens", 1) < 2):
         raise UsageError(f"--class_token {others[0]}: {network.label} has no second class token; leave the option out")
@@ -153,15 +153,17 @@ def network_from_options(args: argparse.Namespace) -> Network:
         raise UsageError(f"--apply_head {head}: names a part of a checkpoint; pass it as --pretrained_weights")
     if args.pretrained_weights:
         where = (args.pretrained_weights, args.checkpoint_key)
-        asked = {name: getattr(args, name) for name in ("arch", "patch_size", "window_size", "num_heads", "act")}
+        asked = {
+            name: getattr(args, name) for name in ("arch", "patch_size", "window_size", "num_heads", "act", "grid")
+        }
         network = network_from_file(*where, **asked) if head is None else teacher_space_from_file(*where, head, **asked)
         info = network.report.info
         log.info(f"{info.path}: {info.layout.name}, {network.label if head else network.arch}: {network.report}")
         for note in (*info.notes, *[f"assumed: {words}" for words in [network.report.assumed] if words]):
             log.info(f"{info.path}: {note}")
         return network
-    if args.num_heads or args.act:
-        raise UsageError("--num_heads, --act: describe the network of a file; pass --pretrained_weights")
+    if args.num_heads or args.act or args.grid:
+        raise UsageError("--num_heads, --act, --grid: describe the network of a file; pass --pretrained_weights")
     arch = ALIASES.get(args.arch, args.arch) or "vit_small"
     arguments = family_of(arch).arguments(vars(args))
     log.warning(

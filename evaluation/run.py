@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.loader import TrainLoader, to_device_ahead
+from data.device import to_device_ahead
+from data.loader import TrainLoader
 from evaluation.compared import compared, rows_to_compare
 from evaluation.features import batches
 from evaluation.sets import Sets

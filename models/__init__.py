@@ -58,8 +58,10 @@ def any_patch(arguments: Mapping[str, int]) -> None:
 
 def positions_fit(arguments: Mapping[str, int]) -> None:
     """Raises UsageError for patches that do not divide the size at which positions are laid out."""
-    patch, side = arguments["patch_size"], arguments.get("img_size", IMAGE_SIZE)
-    if patch < 1 or side % patch:
+    patch, size = arguments["patch_size"], arguments.get("img_size", IMAGE_SIZE)
+    sides = [size] if isinstance(size, int) else size
+    if patch < 1 or any(side % patch for side in sides):
+        side = next((side for side in sides if patch < 1 or side % patch), size)
         usual = ", ".join(str(size) for size in (8, 14, 16, 32) if side % size == 0)
         raise UsageError(
             f"--patch_size {patch} does not divide {side} pixels, at which positions are laid out"

@@ -1,7 +1,7 @@
 """Weights for a network that is fine-tuned: those of a backbone, fitted to another image size and to what is new.
 
 What the file cannot bring begins as initialised: the head, ``fc_norm`` of pooled patches, LayerScale, tables of
-relative positions. Everything else has to match, as in models/checkpoints.py.
+relative positions. Everything else has to match, as in models/matching.py.
 """
 
 import re
@@ -11,9 +11,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.checkpoints import Report, compare
 from models.layouts.names import State, square_side
 from models.layouts.shapes import advice
+from models.matching import Report, compare
 from models.reading import Info
 from models.safe_load import CheckpointError
 from utils import log
@@ -97,7 +97,7 @@ def _spline_matrix(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def load_to_finetune(model: nn.Module, state: State, info: Info) -> Report:
     """Fill ``model`` (models/finetuned.py) from what ``read_backbone`` returned; says what begins as initialised.
 
-    Raises CheckpointError, with the table of models/checkpoints.py, when anything but what is new does not match.
+    Raises CheckpointError, with the table of models/matching.py, when anything but what is new does not match.
     """
     target = model.state_dict()
     state = fitted(state, target)

@@ -3,16 +3,15 @@
     python -m models.checkpoints FILE                    what is this file?
     python -m models.checkpoints FILE --to OUT.pth       its backbone as a flat file that timm loads (or .safetensors)
 
-models/reading.py opens a file and gives its tensors the names of models/vit.py and models/swin.py. A backbone is loaded
-whole or not at all: ``load_backbone`` refuses, with a table of what did not match, instead of leaving some weights
-random.
+models/reading.py opens a file and gives its tensors the names of models/vit.py and models/swin.py; models/matching.py
+loads them into a network, whole or not at all. Here is which network that is.
 """
 
 import argparse
 import hashlib
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,105 +23,18 @@ from safetensors.torch import save_file
 from models import ALIASES, FAMILIES, VIL, VIT, backbone_names, build_backbone, family_of
 from models.blocks import ACTIVATIONS, Mlp
 from models.layouts.checks import unusable
-from models.layouts.names import NOT_NEEDED, State, grouped, plain_names, to_timm
+from models.layouts.names import State, to_timm
+from models.layouts.positions import Grid, grid_of
 from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, gated_mlp, remedy, vit_arguments
+from models.matching import Report, fit, load_tensors
+from models.matching import compare as compare
+from models.matching import load_backbone as load_backbone
 from models.reading import Info, read_backbone
 from models.safe_load import CheckpointError
 from models.vit import Variant, VisionTransformer
 from utils import Parser, UsageError, run_cli, save_atomically, save_torch, shortened
 
 KEYS_SHOWN, LONGEST_LINE = 16, 600  # of what ``main`` prints
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading a network, and saying what matched
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Report:
-    """How the tensors of a file and those of a network compare; names are ours, shapes are tuples."""
-
-    info: Info
-    total: int  # tensors of the network that a file must bring, and what it brought besides
-    matched: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # in the network, not in the file
-    unexpected: list[str] = field(default_factory=list)  # in the file, not in the network
-    mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)  # name, network's shape, file's shape
-    ignored: list[str] = field(default_factory=list)  # in the file, and no part of a backbone
-    untouched: list[str] = field(default_factory=list)  # in the network, and not needed for evaluation
-    assumed: str = ""  # what no tensor shows, in words
-
-    @property
-    def complete(self) -> bool:
-        return not (self.missing or self.unexpected or self.mismatched)
-
-    def __str__(self) -> str:
-        ignored = f"; ignored {grouped(self.ignored)}" if self.ignored else ""
-        untouched = f"; left as initialised: {grouped(self.untouched)}" if self.untouched else ""
-        return f"matched {len(self.matched)} of {self.total} tensors{ignored}{untouched}"
-
-    def table(self, rows: int = 8) -> str:
-        """What did not match, one name a line, the first ``rows`` of each kind."""
-        mismatched = [(shortened(name), *shapes) for name, *shapes in self.mismatched[:rows]]
-        lines = [f"shape       {name}: network {ours}, file {theirs}" for name, ours, theirs in mismatched]
-        for kind, names in (("missing", self.missing), ("unexpected", self.unexpected)):
-            lines += [f"{kind:<11} {shortened(name)}" for name in names[:rows]]
-            lines += [f"{kind:<11} ... {len(names) - rows} more"] * (len(names) > rows)
-        lines += [f"shape       ... {len(self.mismatched) - rows} more"] * (len(self.mismatched) > rows)
-        return "\n".join(f"  {line}" for line in lines)
-
-
-def compare(target: State, state: State, info: Info) -> Report:
-    """Sort the names of a file and of a network's state dict into what matched and what did not."""
-    needed = [name for name in target if not NOT_NEEDED.match(name)]
-    report = Report(info, total=len(needed))
-    for name, tensor in state.items():
-        if name in target and target[name].shape == tensor.shape:
-            report.matched.append(name)
-        elif name in needed:
-            report.mismatched.append((name, tuple(target[name].shape), tuple(tensor.shape)))
-        elif not info.layout.belongs_to_backbone(name):
-            report.ignored.append(name)
-        else:
-            report.unexpected.append(name)
-    report.missing = [name for name in needed if name not in state]
-    report.total += sum(name not in needed for name in report.matched)
-    report.untouched = [name for name in target if name not in needed and name not in report.matched]
-    return report
-
-
-def load_backbone(model: nn.Module, path: str | Path, checkpoint_key: str = "teacher") -> Report:
-    """Fill ``model`` with the backbone in ``path``; all of it or nothing.
-
-    Ignored on purpose, and listed in the report: heads, mask tokens, pooling norms, what only pretraining used.
-    Raises CheckpointError, with a table and advice, when a tensor is missing, has another shape or has no place.
-    """
-    return load_tensors(model, *read_backbone(path, checkpoint_key))
-
-
-def load_tensors(model: nn.Module, state: State, info: Info) -> Report:
-    """``load_backbone`` for what ``read_backbone`` returned."""
-    state, report = _fit(model.state_dict(), state, info)
-    if not report.complete:
-        raise CheckpointError(
-            f"{info.where}: does not fit the network: {report}. {advice(model.state_dict(), state)}\n{report.table()}"
-        )
-    if why := unusable(model.state_dict(), state):
-        raise CheckpointError(f"{info.where}: {why}")
-    model.load_state_dict(model.state_dict() | {name: state[name] for name in report.matched})
-    return report
-
-
-def _fit(target: State, state: State, info: Info) -> tuple[State, Report]:
-    """The naming of ``state``, ours, timm's or with the network's own wrappers, under which most matches ``target``."""
-    own = plain_names(target)
-    namings = [state, {own.get(name, name): tensor for name, tensor in state.items()}]
-    if vit_arguments(state):
-        namings += [to_timm(state, fold_class_position=fold) for fold in (False, True)]
-    reports = [compare(target, naming, info) for naming in namings]
-    best = max(range(len(reports)), key=lambda i: (reports[i].complete, len(reports[i].matched)))
-    return namings[best], reports[best]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The network that evaluations look at
@@ -163,12 +75,14 @@ def network_from_file(
     window_size: int | None = None,
     num_heads: int | None = None,
     act: str | None = None,
+    grid: Grid | None = None,
 ) -> Network:
     """Build the architecture a file was written with, or the given one, and load its backbone into it.
 
-    ``num_heads``, ``act``: of a vision transformer, which no tensor shows; None: as recorded, else as the architecture.
+    ``num_heads``, ``act``, ``grid`` (rows and columns of positions): of a vision transformer, which no tensor shows;
+    None: as recorded, else as the architecture, and a square.
     """
-    state, info = read_backbone(path, checkpoint_key)
+    state, info = read_backbone(path, checkpoint_key, grid=grid)
     return network_from_state(state, info, arch, patch_size, window_size, num_heads=num_heads, act=act)
 
 
@@ -201,8 +115,10 @@ def assumed(model: nn.Module, info: Info, num_heads: int | None, act: str | None
         words.append(f"{model.blocks[0].attn.num_heads} heads of attention (--num_heads)")
     if act is None and "act" not in info.arguments and isinstance(model.blocks[0].mlp, Mlp):
         words.append("GELU (--act)")
-    if model.fc_norm is None and "global_pool" not in info.arguments:
+    if not model.pools_patches and "global_pool" not in info.arguments:
         words.append("the class token as output")
+    if not info.grid_known:
+        words.append("positions {} x {} (--grid)".format(*model.grid))
     return f"{', '.join(words)}, which no tensor shows" if words else ""
 
 
@@ -250,7 +166,8 @@ def choose_architecture(
     arguments = family.arguments(shape | {name: value for name, value in asked.items() if value is not None})
     arguments |= {name: shape[name] for name in family.from_file if shape}
     if family is VIT and shape:  # as many positions as the file has, whatever patches are asked for
-        arguments["img_size"] = shape["img_size"] // shape["patch_size"] * arguments["patch_size"]
+        rows, columns = (count * arguments["patch_size"] for count in grid_of(state))
+        arguments["img_size"] = rows if rows == columns else (rows, columns)
     if family is VIL and info.arguments.get("vil_mode") == -1:  # the others are the same where nothing is trained
         arguments["vil_mode"] = -1
     if family is VIT:  # what no tensor shows
@@ -298,15 +215,23 @@ def _attention_and_mlp(arch: str, arguments: dict, info: Info, num_heads: int | 
 
 def add_unseen_arguments(parser: argparse._ActionsContainer) -> None:
     """What no tensor of a vision transformer shows."""
-    parser.add_argument("--num_heads", default=None, type=_heads, help="of attention; left out: the architecture's own")
+    parser.add_argument("--num_heads", default=None, type=_count, help="of attention; left out: the architecture's own")
     parser.add_argument(
         "--act", default=None, choices=ACTIVATIONS, help="of its MLPs; left out: as recorded, else gelu"
     )
+    parser.add_argument(
+        "--grid",
+        default=None,
+        type=_count,
+        nargs=2,
+        metavar=("ROWS", "COLUMNS"),
+        help="of its positions, without the class token; left out: as recorded, else a square",
+    )
 
 
-def _heads(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a number of heads, at least 1")
+        raise argparse.ArgumentTypeError(f"{text}: a number, at least 1")
     return int(text)
 
 
@@ -325,7 +250,7 @@ def main() -> int:
     add_unseen_arguments(parser)
     parser.add_argument("--to", default=None, help="write the backbone here, .pth or .safetensors, under timm's names")
     args = parser.parse_args()
-    state, info = read_backbone(args.file, args.checkpoint_key)
+    state, info = read_backbone(args.file, args.checkpoint_key, grid=args.grid)
 
     def say(label: str, text: object) -> None:
         print(f"{label:<12}{shortened(text, LONGEST_LINE)}")
@@ -369,7 +294,7 @@ def _say_what_matches(state: State, info: Info, args: argparse.Namespace, say: C
         name = f"{arch}, patch {arguments['patch_size']}" if "patch_size" in arguments else arch
         if words := assumed(model, info, args.num_heads, args.act):
             say("assumed", words)
-    fitted, report = _fit(model.state_dict(), state, info)
+    fitted, report = fit(model.state_dict(), state, info)
     share = 100 * len(report.matched) / max(1, report.total)
     say("matched", f"{share:.1f} % of {name}: {report}")
     if not report.complete:
@@ -390,7 +315,7 @@ def _convert(state: State, info: Info, target: Path, say: Callable) -> None:
     if target.exists() and target.samefile(info.path):
         raise UsageError(f"--to {target}: this is the checkpoint itself; choose another name")
     flat = {name: tensor for name, tensor in state.items() if info.layout.belongs_to_backbone(name)}
-    if flat["cls_token"].shape[1] > 1:
+    if "cls_token" in flat and flat["cls_token"].shape[1] > 1:
         say("note", "timm knows one class token: the others are left out, which changes the features slightly")
     flat = to_timm(flat)
     try:

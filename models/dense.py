@@ -72,8 +72,7 @@ def lay_out(network: VisionTransformer, rows: int, columns: int) -> None:
     1008); what an image's own size asks for then follows DINO's rule.
     """
     classes, positions = network.num_class_tokens, network.pos_embed.detach()
-    count = positions.shape[1] - classes
-    grid = network.grid or (round(count**0.5),) * 2
+    grid = network.grid
     if grid != (rows, columns):
         patches = positions[:, classes:].transpose(1, 2).unflatten(2, grid)
         patches = F.interpolate(patches, size=(rows, columns), mode="bicubic", align_corners=False)

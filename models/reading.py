@@ -14,6 +14,7 @@ import torch
 from models.blocks import ACTIVATIONS
 from models.layouts.checks import check_shapes, check_tensors
 from models.layouts.names import State, below, grouped, listed, networks_in, renamed, unwrapped
+from models.layouts.positions import Grid, lay_out_positions
 from models.layouts.shapes import describe
 from models.layouts.table import Layout, recognise, recorded_arguments
 from models.safe_load import CheckpointError, load_file
@@ -39,6 +40,7 @@ class Info:
     norm_eps: float = 1e-6
     prefix: str = ""  # of several networks there, or of one beside other things: what its names begin with
     notes: tuple[str, ...] = ()
+    grid_known: bool = False  # of positions: told or recorded
 
     @property
     def where(self) -> str:
@@ -47,11 +49,14 @@ class Info:
         return f"{self.path}{key}{prefix}"
 
 
-def read_backbone(path: str | Path, checkpoint_key: str = "teacher", *others: str) -> tuple[State, Info]:
+def read_backbone(
+    path: str | Path, checkpoint_key: str = "teacher", *others: str, grid: Grid | None = None
+) -> tuple[State, Info]:
     """The network in ``path`` under our names (its heads, if any, among them), and what the file is.
 
     The weights are looked for under ``checkpoint_key`` and the ``others``, then ``state_dict``, then ``model``, then in
     the file itself; where several networks stand there, ``checkpoint_key`` chooses by what their names begin with.
+    ``grid``: rows and columns of a vision transformer's positions; None: as recorded, else a square.
     Raises CheckpointError when none of these holds tensors, or when it stays open which network is meant.
     """
     file = load_file(path, mapped=True)
@@ -63,6 +68,8 @@ def read_backbone(path: str | Path, checkpoint_key: str = "teacher", *others: st
         layout, state = recognise(file, network), network
         for step in layout.convert:
             state = step(state)
+        config = config_beside(Path(path), layout)
+        state, known = lay_out_positions(state, grid, config | recorded_arguments(file), layout.class_position)
         check_shapes(state)
         describe(state)  # the same conclusions as later, when nobody expects an error
     except CheckpointError as error:
@@ -84,7 +91,6 @@ def read_backbone(path: str | Path, checkpoint_key: str = "teacher", *others: st
             raise CheckpointError(f"{path}: no key {shortened(checkpoint_key)!r}; {there}")
         notes.append(f"no key {checkpoint_key!r}: took the weights from {place}")
     notes += _averages(file, key, tensors, prefix)
-    config = config_beside(Path(path), layout)
     norm_eps = config.get("layer_norm_eps", layout.norm_eps)
     notes += _differences(layout, state, norm_eps)
     ours = file["tutelage"] if isinstance(file.get("tutelage"), dict) else {}
@@ -101,6 +107,7 @@ def read_backbone(path: str | Path, checkpoint_key: str = "teacher", *others: st
         norm_eps=norm_eps,
         prefix=prefix,
         notes=tuple(notes),
+        grid_known=known,
     )
     return state, info
 
@@ -157,6 +164,7 @@ def config_beside(path: Path, layout: Layout) -> dict:
         known = {name: config[name] for name in ("layer_norm_eps", "num_attention_heads") if name in config}
         activation = config.get("hidden_act", "gelu")
         known = {name: float(value) for name, value in known.items()}
+        known |= {"image_size": config["image_size"]} if "image_size" in config else {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); mend it, or move it away from the weights") from error
     if activation not in ACTIVATIONS:
@@ -173,10 +181,13 @@ def _timm_config(config: dict) -> dict:
     architecture, found = str(config["architecture"]), {}
     if isinstance(arguments.get("num_heads"), int):
         found["num_heads"] = arguments["num_heads"]
+    pretrained = config.get("pretrained_cfg") if isinstance(config.get("pretrained_cfg"), dict) else {}
+    if size := arguments.get("img_size", pretrained.get("input_size")):
+        found["img_size"] = size
     act = arguments.get("act_layer", "quick_gelu" if "quickgelu" in architecture else "gelu")
     pool = arguments.get("global_pool", config.get("global_pool", "token"))
     if not architecture.startswith("vit_") or act not in ACTIVATIONS or pool != "token":
-        return {"arch": f"timm/{architecture}", "global_pool": pool}
+        return found | {"arch": f"timm/{architecture}", "global_pool": pool}
     return found | {"act": act, "global_pool": pool}
 
 

@@ -17,6 +17,7 @@ from utils import UsageError, nearest, shortened
 TORCH, SAFETENSORS = "torch", "safetensors"
 LFS_POINTER = b"version https://git-lfs"
 ARRAYS = (".npz", ".npy")
+SHARD = "one process's shard of a network that FSDP divided; save it whole (FULL_STATE_DICT, full_state_dict=True)"
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 
 
@@ -107,6 +108,11 @@ def _kind_of(path: Path) -> str:
     """TORCH or SAFETENSORS, by its first bytes. Raises CheckpointError for whatever is neither."""
     if path.is_dir():
         inside = _checkpoints_in(path)
+        if not inside and (path / ".metadata").is_file():
+            raise CheckpointError(
+                f"{path}: a network in shards of torch.distributed.checkpoint; join them with python -m "
+                f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE.pth"
+            )
         hint = f"pass a file in it: {', '.join(inside[:5])}" if inside else f"it holds no {' or '.join(SUFFIXES)} file"
         raise CheckpointError(f"{path}: a directory, not a checkpoint; {hint}")
     if not path.exists():
@@ -187,6 +193,8 @@ def _why_refused(error: Exception) -> str:
     if isinstance(error, EOFError) or "Ran out of input" in text:
         return "truncated: the file ends too early; copy or save it again"
     if isinstance(error, pickle.UnpicklingError):
+        if "torch.distributed" in text:
+            return f"refused: {SHARD}"
         wanted = re.search(r"GLOBAL ([\w.]+)", text)
         what = f"{wanted.group(1)}, which weights do not need and which" if wanted else "more than tensors, which"
         return f"refused: it asks for {what} could run code; ask for the plain state_dict()"

@@ -15,6 +15,7 @@ import torch.nn as nn
 from models.checkpoints import Network, network_from_state
 from models.ladder import KINDS, Ladder, ladder_arguments, module_name
 from models.layouts.names import State, below
+from models.layouts.positions import Grid
 from models.reading import read_backbone
 from models.safe_load import CheckpointError, load_file
 from utils import UsageError, escape, nearest
@@ -60,12 +61,14 @@ class TeacherSpace(nn.Module):
         return torch.cat((classes[:, None], unstandardised(patches, self.patch_mean, self.patch_std)), dim=1)
 
 
-def teacher_space_from_file(path: str | Path, checkpoint_key: str, head: str, **asked: object) -> Network:
+def teacher_space_from_file(
+    path: str | Path, checkpoint_key: str, head: str, grid: Grid | None = None, **asked: object
+) -> Network:
     """The student in ``path`` in the space of its teacher ``head``. Raises CheckpointError in one line.
 
-    The file: a training checkpoint of ours or of the original. ``asked``: as ``network_from_file`` takes it.
+    The file: a training checkpoint of ours or of the original. ``grid``, ``asked``: as ``network_from_file`` takes it.
     """
-    state, info = read_backbone(path, checkpoint_key)
+    state, info = read_backbone(path, checkpoint_key, grid=grid)
     network = network_from_state(state, info, **asked)
     statistics = load_file(path, mapped=True).get("teacher_ft_stats")
     try:

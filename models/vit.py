@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.blocks import Block, Reads, group_by_size, pack
+from models.layouts.positions import GRID
 from models.stochastic_depth import Draws, Groups, kept_samples
 from utils import to_device
 
@@ -45,7 +46,8 @@ class Variant:
 class VisionTransformer(nn.Module):
     """See the module docstring. ``embed_dim`` is the width of what ``forward`` returns.
 
-    ``use_mean_pooling``: that is ``fc_norm`` of the mean patch token, and no other token is normalised.
+    ``use_mean_pooling``: that is ``fc_norm`` of the mean patch token, and no other token is normalised. Without class
+    tokens it is the mean of the normalised patch tokens. ``img_size``: of one side, or (height, width).
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class VisionTransformer(nn.Module):
         num_heads: int = 6,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
-        img_size: int = 224,
+        img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         drop_path_rate: float = 0.0,
         init_values: float = 0.0,
@@ -68,7 +70,8 @@ class VisionTransformer(nn.Module):
         variant: Variant = Variant(),
     ):
         super().__init__()
-        if img_size % patch_size:
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height % patch_size or width % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide the construction size {img_size}")
         self.embed_dim = embed_dim
         self.depth = depth
@@ -79,10 +82,11 @@ class VisionTransformer(nn.Module):
         self.skip_dropped = True  # False: multiply dropped branches by zero, so that shapes never change
         self._resampling: dict[tuple, torch.Tensor] = {}
 
-        self.cls_token = nn.Parameter(torch.zeros(1, num_class_tokens, embed_dim))
-        num_patches = (img_size // patch_size) ** 2
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_class_tokens + num_patches, embed_dim))
-        self.grid: tuple[int, int] | None = None  # of ``pos_embed`` where it is no square (models/dense.py)
+        self.cls_token = nn.Parameter(torch.zeros(1, num_class_tokens, embed_dim)) if num_class_tokens else None
+        self.grid = height // patch_size, width // patch_size  # of the positions
+        if height != width:  # which the number of positions does not show, so a file has to
+            self.register_buffer(GRID, torch.tensor(self.grid))
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_class_tokens + self.grid[0] * self.grid[1], embed_dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None
         self.masked_embed = nn.Parameter(torch.zeros(1, embed_dim)) if masked_im_modeling else None
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
@@ -98,7 +102,8 @@ class VisionTransformer(nn.Module):
     def _init_weights(self) -> None:
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
         if self.register_tokens is not None:
             nn.init.normal_(self.register_tokens, std=1e-6)
         for module in self.modules():
@@ -110,6 +115,11 @@ class VisionTransformer(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names that recipes with layer-wise decay exempt (DINO itself decays them)."""
         return {"pos_embed", "cls_token"}
+
+    @property
+    def pools_patches(self) -> bool:
+        """Whether what ``forward`` returns is made of patch tokens."""
+        return self.fc_norm is not None or self.cls_token is None
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -124,20 +134,21 @@ class VisionTransformer(nn.Module):
     def resample_positions(
         self, positions: torch.Tensor, height: int, width: int, grid: tuple[int, int] | None = None
     ) -> torch.Tensor:
-        """``positions`` (1, class tokens + patches of a square, dim) as this network has them for another image.
+        """``positions`` (1, class tokens + patches, dim) as this network has them for another image.
 
-        ``grid``: rows and columns of the patches, where they are no square.
+        ``grid``: rows and columns of the patches; None: as many of both.
 
         parity: bicubic by *scale factor* with 0.1 added to the patch counts; an explicit target size samples other
         points and breaks published weights (DINO vision_transformer.py). Networks with registers are DINOv2's, and
         those have an explicit size and antialiasing.
         """
         classes = self.num_class_tokens
-        num_patches = positions.shape[1] - classes
+        side = round((positions.shape[1] - classes) ** 0.5)
+        rows, columns = grid or (side, side)
         size = height // self.patch_size, width // self.patch_size
-        if size == grid or (grid is None and size[0] * size[1] == num_patches and height == width):
+        if size == (rows, columns) and (height == width or rows != columns):
             return positions
-        matrix = self._resampling_matrix(grid or (round(num_patches**0.5),) * 2, size)
+        matrix = self._resampling_matrix((rows, columns), size)
         with torch.autocast(positions.device.type, enabled=False):
             patches = matrix @ positions[0, classes:]
         return torch.cat((positions[:, :classes], patches[None]), dim=1)
@@ -145,8 +156,8 @@ class VisionTransformer(nn.Module):
     @torch.no_grad()
     def adopt_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """What another network of this kind learnt at its size of image, resampled for the size of this one."""
-        side = self.patch_size * round((self.pos_embed.shape[1] - self.num_class_tokens) ** 0.5)
-        return self.resample_positions(positions.to(self.pos_embed), side, side)
+        height, width = (self.patch_size * count for count in self.grid)
+        return self.resample_positions(positions.to(self.pos_embed), height, width)
 
     def _resampling_matrix(self, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
         """``resampling_matrix`` on the device, made once for every size."""
@@ -169,7 +180,9 @@ class VisionTransformer(nn.Module):
                 raise ValueError("masks were given to a network built without masked_im_modeling")
             patches = torch.where(masks.flatten(1)[..., None], self.masked_embed.to(patches.dtype), patches)
         positions = self.position_embedding(height, width)
-        prefix = [(self.cls_token + positions[:, : self.num_class_tokens]).expand(batch, -1, -1)]
+        prefix = []
+        if self.cls_token is not None:
+            prefix.append((self.cls_token + positions[:, : self.num_class_tokens]).expand(batch, -1, -1))
         if self.register_tokens is not None:
             prefix.append(self.register_tokens.expand(batch, -1, -1))
         tokens = torch.cat((*prefix, patches + positions[:, self.num_class_tokens :]), dim=1)
@@ -204,7 +217,7 @@ class VisionTransformer(nn.Module):
 
         ``draws``: (depth, 2, samples) uniform numbers for stochastic depth (attention and MLP of every block).
         """
-        if self.fc_norm is not None:
+        if self.pools_patches:
             return self._pooled_crops(crops, draws)
         x, groups = pack([self.prepare_tokens(group) for group in group_by_size(crops)])
         reads = Reads([self.num_class_tokens] * len(groups))
@@ -293,10 +306,11 @@ class VisionTransformer(nn.Module):
         tokens = self.prepare_tokens(images, masks)
         x = self._run_blocks(tokens.flatten(0, 1), [tokens.shape[:2]], draws)
         x = self.norm(x).view_as(tokens)
-        if self.fc_norm is None:
+        if not self.pools_patches:
             return x
-        pooled = self.fc_norm(x[:, self.num_prefix_tokens :].mean(dim=1, keepdim=True))
-        return torch.cat((pooled, x[:, 1:]), dim=1)
+        pooled = x[:, self.num_prefix_tokens :].mean(dim=1, keepdim=True)
+        pooled = pooled if self.fc_norm is None else self.fc_norm(pooled)
+        return torch.cat((pooled, x[:, min(1, self.num_class_tokens) :]), dim=1)
 
     def _pooled_crops(self, crops, draws=None):
         """``forward_crops`` of a network that pools its patches: a mean reads all tokens, one size at a time."""
@@ -352,17 +366,19 @@ class VisionTransformer(nn.Module):
         return last.attn.weights(last.norm1(tokens.flatten(0, 1)), [tokens.shape[:2]], queries)
 
 
-def resampling_matrix(grid: tuple[int, int], size: tuple[int, int], exact: bool) -> torch.Tensor:
+def resampling_matrix(grid: int | tuple[int, int], size: tuple[int, int], exact: bool) -> torch.Tensor:
     """The bicubic resize of a grid as the linear map it is: (new patches, old patches), float64.
 
     ``exact``: to this size with antialiasing, else by the factor of ``size`` with 0.1 added. A product has a
     deterministic gradient on every device; the gradient of ``interpolate`` has not.
     """
-    units = torch.eye(grid[0] * grid[1], dtype=torch.float64).view(1, -1, *grid)
+    grid = (grid, grid) if isinstance(grid, int) else grid
+    patches = grid[0] * grid[1]
+    units = torch.eye(patches, dtype=torch.float64).view(1, patches, *grid)
     if exact:
         resized = F.interpolate(units, size=size, mode="bicubic", antialias=True)
     else:
-        factor = tuple((count + 0.1) / side for count, side in zip(size, grid, strict=True))
+        factor = tuple((count + 0.1) / old for count, old in zip(size, grid, strict=True))
         resized = F.interpolate(units, scale_factor=factor, mode="bicubic", recompute_scale_factor=False)
     if resized.shape[-2:] != size:
         raise ValueError(f"positions for {size} patches became {tuple(resized.shape[-2:])}")

@@ -9,7 +9,7 @@ from eval_finetuning import eval_finetuning
 from eval_knn import eval_knn
 from eval_linear import eval_linear
 from tests.launch import load, make_images, run_here
-from utils import run_cli
+from utils import UsageError, run_cli
 
 
 @pytest.fixture
@@ -20,6 +20,16 @@ def root(tmp_path):
     broken = tmp_path / "data" / "train" / "class2" / "002.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     return tmp_path / "data"
+
+
+def test_a_refusal_at_the_first_piece_leaves_nothing_in_the_output_folder(tmp_path, monkeypatch):
+    for picture in make_images(tmp_path / "data", 8).rglob("*.jpg"):
+        picture.write_bytes(picture.read_bytes()[:200])
+    for folder in (tmp_path / "out", tmp_path):  # one to be made, and one that is there
+        before = set(tmp_path.rglob("*"))
+        with pytest.raises(UsageError, match="none of 100 images could be read"):
+            run_here(monkeypatch, data_path=tmp_path / "data", output_dir=folder)
+        assert set(tmp_path.rglob("*")) == before
 
 
 def test_one_unreadable_image_ends_neither_training_nor_any_evaluation(root, tmp_path, monkeypatch, capsys):

@@ -57,6 +57,8 @@ def test_maps_are_the_attention_of_the_class_token_to_the_patches(tokens, height
 def test_networks_without_a_class_token_are_refused():
     with pytest.raises(UsageError, match=r"ResNet.*vit_"):
         attention_maps(build_backbone("resnet18"), torch.randn(1, 3, 64, 64))
+    with pytest.raises(UsageError, match=r"VisionTransformer: no class token"):
+        attention_maps(small(num_class_tokens=0), torch.randn(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.6, 0.95, 1.0])
@@ -249,6 +251,18 @@ def test_a_folder_goes_on_after_an_unreadable_image_and_ends_with_its_name(visua
     assert f"{folder}/broken.png (" in error and f"{folder}/gone.jpg (No such file or directory)" in error
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"0002_one", "0003_one", "two"}
     assert all((path / "sheet.png").exists() for path in (tmp_path / "out").iterdir()) and "-> " in said
+
+
+def test_an_unreadable_picture_of_ten_has_no_folder_and_the_others_have_theirs(visualise, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(10):
+        Image.new("RGB", (8, 8), (25 * number, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "photos" / "4.png").write_bytes(b"\x89PNG")
+    code, _, error = visualise("--arch", "vit_micro", "--image_size", 16, "--image_path", tmp_path / "photos")
+    assert code == 1 and error.startswith("error: 1 of 10 images cannot be read")
+    folders = {path.name for path in (tmp_path / "out").iterdir()}
+    assert folders == {str(number) for number in range(10)} - {"4"}
+    assert all(list((tmp_path / "out" / name).iterdir()) for name in folders)
 
 
 def test_the_names_of_many_unreadable_images_are_shortened():

@@ -12,7 +12,8 @@ import torch
 
 from data.datasets import open_training
 from data.decode import reading_from
-from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
+from data.device import to_device_ahead
+from data.loader import TrainLoader, steps_per_epoch
 from data.published import place_from
 from methods import method_class
 from methods.base import Clock, Method

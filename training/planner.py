@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.loader import TrainLoader, to_device_ahead
+from data.device import to_device_ahead
+from data.loader import TrainLoader
 from data.source import Source
 from methods import method_class
 from simulation.gpu import DEVICE, GPU, fake_gpu, fake_world, obstacle

@@ -5,7 +5,7 @@ import re
 import torch
 
 from models.layouts.names import State
-from models.safe_load import CheckpointError
+from models.safe_load import SHARD, CheckpointError
 from utils import shortened
 
 LONGEST_NAME = 400  # characters; wrapped several times, published networks stay below 200
@@ -27,10 +27,13 @@ def check_tensors(tensors: State) -> None:
                 "rename it"
             )
         if what := _no_values(tensor):
-            raise CheckpointError(f"{name} {what}; save the weights as float32, float16 or bfloat16")
+            advice = "" if SHARD in what else "; save the weights as float32, float16 or bfloat16"
+            raise CheckpointError(f"{name} {what}{advice}")
 
 
 def _no_values(tensor: torch.Tensor) -> str:
+    if hasattr(tensor, "device_mesh"):  # a DTensor; its class is not imported for files that have none
+        return f"is {SHARD}"
     if tensor.is_meta:
         return "is on the meta device, which holds no values"
     if tensor.layout != torch.strided or tensor.is_quantized:

@@ -22,7 +22,7 @@ HOLDERS = ("backbone.", "encoder.")
 # ResNet's, those of CvT, Vision Longformer, CLIP and Hugging Face
 LANDMARK = re.compile(
     r"(?P<prefix>(?:.+?\.)??)(?:backbone\.|encoder\.)*"
-    r"(?:(?:embeddings\.)?(?<!layer\d\.0\.)cls_token"  # each stage of a Vision Longformer has one
+    r"(?:pos_embed|(?:embeddings\.)?(?<!layer\d\.0\.)cls_token"  # each stage of a Vision Longformer has one
     r"|class_token|features\.1\.0\.norm1\.weight|layers\.0\.blocks\.0\.norm1\.weight|layer1\.0\.conv1\.weight"
     r"|stage0\.0\.proj\.weight"
     r"|layer1\.0\.norm_embed\.weight|visual\.conv1\.weight|embeddings\.patch_embeddings\.projection\.weight)"
@@ -33,7 +33,9 @@ NOT_BACKBONE = re.compile(
     r"(\w+_)?head(_\w+)?\.|(fc|linear|classifier|lp|decoder_\w+)(\.|$)|\d+\.(module\.)?linear\.|fc_norm\."
 )
 # in networks: what only pretraining reads, or what follows from the architecture
-NOT_NEEDED = re.compile(r"masked_embed$|n_averaged$|.*\b(num_batches_tracked|relative_position_index|attn_mask)$")
+NOT_NEEDED = re.compile(
+    r"masked_embed$|n_averaged$|pos_grid$|.*\b(num_batches_tracked|relative_position_index|attn_mask)$"
+)
 
 
 def unwrapped(name: str) -> str:
@@ -178,23 +180,17 @@ def _joined(state: State, pattern: re.Pattern, letters: str) -> State:
     return joined
 
 
-def add_class_position(state: State) -> State:
-    """A zero position for the class token where only patches have one (DeiT III, registers in timm): same network."""
-    if not {"pos_embed", "cls_token"} <= state.keys() or {state[n].ndim for n in ("pos_embed", "cls_token")} != {3}:
-        return state
-    classes, positions = state["cls_token"].shape[1], state["pos_embed"]
-    if square_side(positions.shape[1] - classes) or not square_side(positions.shape[1]):
-        return state
-    return state | {"pos_embed": torch.cat((positions.new_zeros(1, classes, positions.shape[2]), positions), dim=1)}
-
-
 def to_timm(state: State, fold_class_position: bool | None = None) -> State:
     """Our names -> those of timm's vision transformers without classifier; heads and mask token stay behind.
 
     ``fold_class_position``: add the class token's position to the token itself and keep those of patches only, as timm
     holds networks with registers and DeiT III; None folds for those. Of several class tokens timm gets the first.
     """
-    state = {name: tensor for name, tensor in state.items() if not (NOT_BACKBONE.match(name) or name == "masked_embed")}
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if not (NOT_BACKBONE.match(name) or name in ("masked_embed", "pos_grid"))
+    }
     if {"cls_token", "pos_embed"} <= state.keys():
         token, position = state["cls_token"][:, :1], state["pos_embed"][:, :1]
         patches = state["pos_embed"][:, state["cls_token"].shape[1] :]

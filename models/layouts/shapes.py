@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 from models.layouts.checks import check_shapes
 from models.layouts.libraries import resnet_of
-from models.layouts.names import State, square_side
+from models.layouts.names import State
+from models.layouts.positions import grid_of
 from models.layouts.stages import CVT_OF_SHAPE, VIL_OF_DEPTHS, cvt_arguments, vil_arguments
 from models.vit import Variant
 from utils import shortened
@@ -25,24 +26,27 @@ NAME_OF_SHAPE = {  # (width, blocks); a test compares it with models/vit.py
 def vit_arguments(state: State) -> dict | None:
     """Arguments of ``VisionTransformer``, all but ``num_heads``, which no shape shows; None for other networks."""
     try:
-        patch, classes, positions = state["patch_embed.proj.weight"], state["cls_token"], state["pos_embed"]
+        patch, positions, classes = state["patch_embed.proj.weight"], state["pos_embed"], state.get("cls_token")
         qkv, gated = state["blocks.0.attn.qkv.weight"], "blocks.0.mlp.w12.weight" in state
         hidden = state["blocks.0.mlp.w3.weight"].t() if gated else state["blocks.0.mlp.fc1.weight"]
     except KeyError:
         return None
     check_shapes(state)
-    side = square_side(positions.shape[1] - classes.shape[1])
-    if side is None or qkv.shape[0] != 3 * patch.shape[0]:
+    if classes is None and (positions.ndim != 3 or patch.ndim != 4 or hidden.ndim != 2 or "attn_pool.latent" in state):
         return None
+    grid = grid_of(state)
+    if grid is None or qkv.shape[0] != 3 * patch.shape[0]:
+        return None
+    rows, columns = (count * patch.shape[-1] for count in grid)
     return {
         "embed_dim": patch.shape[0],
         "depth": count_blocks(state),
         "patch_size": patch.shape[-1],
-        "img_size": side * patch.shape[-1],
+        "img_size": rows if rows == columns else (rows, columns),
         "mlp_ratio": hidden.shape[0] / hidden.shape[1] * (1.5 if gated else 1),
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "init_values": 1e-5 if "blocks.0.gamma_1" in state else 0.0,
-        "num_class_tokens": classes.shape[1],
+        "num_class_tokens": 0 if classes is None else classes.shape[1],
         "num_registers": state["register_tokens"].shape[1] if "register_tokens" in state else 0,
         "use_mean_pooling": "fc_norm.weight" in state and "norm.weight" not in state,
         "variant": Variant(mlp="swiglu" if gated else "gelu"),
@@ -162,20 +166,24 @@ def describe(state: State) -> str:
     shape = vit_arguments(state)
     if shape:
         name = arch_of(state) or "vision transformer"
-        side = shape["img_size"] // shape["patch_size"]
+        rows, columns = grid_of(state)
+        pixels = f"{shape['img_size']} px" if rows == columns else "{} x {} px".format(*shape["img_size"])
         extras = [f"{shape['num_class_tokens']} class tokens"] * (shape["num_class_tokens"] > 1)
         extras += [f"{shape['num_registers']} registers"] * (shape["num_registers"] > 0)
         extras += ["LayerScale"] * (shape["init_values"] > 0)
         extras += ["SwiGLU"] * (shape["variant"].mlp == "swiglu")
-        extras += ["mean pooling"] * shape["use_mean_pooling"]
+        extras += ["mean pooling"] * (shape["use_mean_pooling"] or not shape["num_class_tokens"])
+        extras += ["no class token"] * (not shape["num_class_tokens"])
         return ", ".join(
             [
                 f"{name} (width {shape['embed_dim']}, {shape['depth']} blocks)",
                 f"patch {shape['patch_size']}",
-                f"{side} x {side} positions ({shape['img_size']} px)",
+                f"{rows} x {columns} positions ({pixels})",
                 *extras,
             ]
         )
+    if count := open_positions(state):
+        return f"vision transformer whose {count} positions are of a grid that nothing tells"
     if shape := swin_arguments(state):
         blocks = "+".join(map(str, shape["depths"]))
         return (
@@ -207,6 +215,16 @@ def describe(state: State) -> str:
     return f"network of unknown names, {len(state)} tensors ({names}); {nearest_layout(state)}"
 
 
+def open_positions(state: State) -> int:
+    """How many positions a plain vision transformer has whose grid is not known (models/layouts/positions.py), or 0."""
+    names = {"pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
+    if any(mark in state for mark in TIMM_ONLY) or not names <= state.keys() or vit_arguments(state):
+        return 0
+    if {state["pos_embed"].ndim, state.get("cls_token", state["pos_embed"]).ndim} != {3}:
+        return 0
+    return state["pos_embed"].shape[1] if grid_of(state) is None else 0
+
+
 def remedy(state: State) -> str:
     """What to do about a file that shows no network of ours."""
     if gated_mlp(state):
@@ -215,6 +233,8 @@ def remedy(state: State) -> str:
         return "nothing here has that shape: pass its --arch"
     if any(name.endswith("flat_param") for name in state):
         return "save it with StateDictType.FULL_STATE_DICT"
+    if open_positions(state):
+        return "say it: pass --grid ROWS COLUMNS, without the class token"
     if example := next((example for mark, example in TIMM_ONLY.items() if mark in state), None):
         return f"of timm --arch timm/{example} and its like load such a file"
     return "pass its --arch if it is a network of timm or torchvision"
@@ -226,6 +246,7 @@ TIMM_ONLY = {  # a tensor -> of the networks that have it one that timm builds
     "blocks.0.attn.q_bias": "beit_base_patch16_224",
     "rel_pos_bias.relative_position_bias_table": "beit_base_patch16_224",
     "layers.0.blocks.0.attn.cpb_mlp.0.weight": "swinv2_tiny_window8_256",
+    "attn_pool.latent": "vit_base_patch16_siglip_224",
     "stem.0.weight": "convnext_tiny",
     "patch_embed.proj.0.0.weight": "xcit_small_12_p16_224",
     "blocks_token_only.0.gamma_1": "cait_xxs24_224",
@@ -255,7 +276,7 @@ def advice(target: State, state: State) -> str:
         tips.append(f"--arch {name}" if name else "its own --arch (none of ours has this width and depth)")
     if ours["patch_size"] != theirs["patch_size"]:
         tips.append(f"--patch_size {theirs['patch_size']}")
-    if ours["img_size"] // ours["patch_size"] != theirs["img_size"] // theirs["patch_size"]:
+    if grid_of(dict(target)) != grid_of(state):
         tips.append(f"img_size={theirs['img_size']} to build_backbone (the evaluations do so by themselves)")
     for key in ("num_class_tokens", "num_registers", "init_values"):
         if ours[key] != theirs[key]:

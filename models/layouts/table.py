@@ -21,7 +21,6 @@ from models.layouts.names import (
     NOT_BACKBONE,
     NOT_NEEDED,
     State,
-    add_class_position,
     join_layers,
     name_gates,
     rename_hugging_face,
@@ -62,6 +61,7 @@ class Layout:
     recognise: Callable[[Contents], bool]
     convert: tuple[Callable[[State], State], ...] = (strip_wrappers,)
     not_needed: str = r"(?!)"  # further names that are no part of a network to be evaluated
+    class_position: bool = True  # False: class tokens may have none beside LayerScale, as DeiT III's
     norm_eps: float = 1e-6  # what its networks add to a variance, which no tensor shows
 
     def belongs_to_backbone(self, name: str) -> bool:
@@ -85,8 +85,8 @@ def _masks_by_attention(file: dict) -> bool:
     return "attmask" in str(recorded_arguments(file).get("pred_shape"))
 
 
-RENAMED = (strip_wrappers, rename_tokens_and_scales, name_gates, add_class_position)
-CHUNKED = (strip_wrappers, unchunk_blocks, rename_tokens_and_scales, add_class_position)
+RENAMED = (strip_wrappers, rename_tokens_and_scales, name_gates)
+CHUNKED = (strip_wrappers, unchunk_blocks, rename_tokens_and_scales)
 HUGGING = (strip_wrappers, rename_hugging_face, join_distillation_token, join_layers)
 SWINS = (strip_wrappers, merge_after_stages)
 HIERARCHIES = ("layers.0.", "stage0.0.proj.", "layer1.0.norm_embed.")  # Swin, CvT, Vision Longformer
@@ -127,7 +127,8 @@ LAYOUTS = (
     Layout("MAE with decoder", "mae", lambda c: c.has("decoder_blocks."), RENAMED),
     Layout("fine-tuned MAE", "mae", lambda c: "model" in c.file and c.has("fc_norm."), RENAMED),
     Layout("supervised Swin", "swin", lambda c: "model" in c.file and c.has(*HIERARCHIES), SWINS),
-    Layout("DeiT", "deit", lambda c: "model" in c.file and c.has("head.", "head_dist."), RENAMED),
+    Layout("DeiT", "deit", lambda c: "model" in c.file and c.has("head.", "head_dist."), RENAMED,
+           class_position=False),
     Layout("MAE", "mae", lambda c: "model" in c.file, RENAMED),
     Layout("CLIP", "clip", lambda c: c.has("visual."), norm_eps=1e-5),  # its names: models/layouts/clip.py
     Layout("timm Swin", "swin", lambda c: c.has("layers.3.downsample.") and c.has("layers.0.blocks.0."), SWINS),

@@ -1,6 +1,7 @@
 """Files that are no files, too large, endless or of other kinds: told before they are read, and never waited for."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -136,6 +137,7 @@ class Gone(Source):  # as a network mount that does not answer
     name, labels, class_names = "gone", np.zeros(4, np.int64), []
     def array(self, index):
         open(sys.argv[1]).read()
+    pil = array
 
 class Views:
     augment = "fast"
@@ -143,7 +145,12 @@ class Views:
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 threading.Timer(2.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-options = dict(batch_size=2, seed=0, epochs=1, num_workers=1, world=one_process(), stop_requested=lambda: bool(stop))
+options = dict(batch_size=2, num_workers=int(sys.argv[2]), world=one_process())
+if sys.argv[3] == "features":
+    from evaluation.features import batches
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    list(batches(Gone(), None, device=one_process().device, unreadable=[], **options))
+options |= dict(seed=0, epochs=1, stop_requested=lambda: bool(stop))
 try:
     list(TrainLoader(Gone(), Views(), **options))
 except RunStopped as error:
@@ -152,10 +159,15 @@ except RunStopped as error:
 """
 
 
-def test_whatever_hangs_in_a_loading_process_is_said_and_sigterm_still_ends_the_run(tmp_path):
+@pytest.mark.parametrize(
+    ("workers", "what", "code"),
+    [(1, "training", 75), (0, "training", 75), (1, "features", -signal.SIGTERM)],
+)
+def test_whatever_hangs_in_a_loading_process_is_said_and_sigterm_still_ends_the_run(tmp_path, workers, what, code):
     os.mkfifo(tmp_path / "pipe")
-    script = [sys.executable, "-c", HANGS, str(tmp_path / "pipe")]
+    script = [sys.executable, "-c", HANGS, str(tmp_path / "pipe"), str(workers), what]
     run = subprocess.run(script, capture_output=True, text=True, timeout=90, cwd=Path(__file__).parents[2])
-    assert run.returncode == 75, run.stderr
-    assert "worker 0 has waited" in run.stderr and "of gone" in run.stderr
-    assert "stopped on request while waiting for images" in run.stdout
+    assert run.returncode == code, run.stderr
+    who = "worker 0" if workers else "the loading of images"
+    assert f"{who} has waited" in run.stderr and "of gone" in run.stderr
+    assert what == "features" or "stopped on request while waiting for images" in run.stdout + run.stderr

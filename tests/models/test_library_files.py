@@ -16,6 +16,7 @@ from models.safe_load import CheckpointError
 from models.vit import VisionTransformer
 from utils import UsageError
 
+NO_CLASS = {"class_token": False, "global_pool": "avg"}
 MICRO = {"patch_size": 8, "img_size": 32, "embed_dim": 128, "depth": 4, "num_heads": 4}
 
 
@@ -33,9 +34,10 @@ def unlike_at_the_start(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def error(network, expected: Callable, side: int = 32) -> float:
+def error(network, expected: Callable, side: int | tuple[int, int] = 32) -> float:
     """Relative, of the features of two random images."""
-    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    height, width = (side, side) if isinstance(side, int) else side
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours, theirs = network.model.eval()(images), expected(images)
     assert ours.shape == theirs.shape
@@ -115,8 +117,11 @@ def test_a_key_that_was_given_and_is_not_there_is_refused_with_those_that_are(tm
         ({"qkv_bias": False}, {}),
         ({"init_values": 0.1}, {}),
         ({"reg_tokens": 4, "no_embed_class": True}, {}),
-        ({"no_embed_class": True}, {}),
+        ({"no_embed_class": True}, {"grid": (4, 4)}),
         ({"global_pool": "avg"}, {}),
+        (NO_CLASS, {}),
+        (NO_CLASS | {"fc_norm": False, "init_values": 0.1}, {}),
+        (NO_CLASS | {"reg_tokens": 4}, {}),
         ({"num_classes": 5}, {}),
     ],
 )
@@ -141,7 +146,11 @@ def test_what_no_tensor_shows_is_said_and_read_from_a_configuration_or_from_opti
     ):
         monkeypatch.setattr(sys, "argv", ["checkpoints", str(path), *options])
         assert main() == 0 and words in capsys.readouterr().out
-    config = {"architecture": "vit_micro_quickgelu", "model_args": {"num_heads": 8}, "global_pool": "token"}
+    config = {
+        "architecture": "vit_micro_quickgelu",
+        "model_args": {"num_heads": 8, "img_size": 32},
+        "global_pool": "token",
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     network = read(tmp_path, other.state_dict())
     assert error(network, other) < 1e-5 and network.report.assumed == ""
@@ -155,7 +164,8 @@ def test_a_width_without_a_name_asks_for_the_number_of_heads(tmp_path):
 
 
 def test_where_timm_loads_the_file_the_advice_says_timm(tmp_path):
-    for name in ("deit_tiny_distilled_patch16_224", "beit_base_patch16_224", "xcit_nano_12_p16_224"):
+    names = ("deit_tiny_distilled_patch16_224", "beit_base_patch16_224", "xcit_nano_12_p16_224")
+    for name in (*names, "vit_base_patch16_siglip_224"):
         with torch.device("meta"):
             names = timm.create_model(name, num_classes=0).state_dict()
         state = {key: torch.zeros(tensor.shape) for key, tensor in names.items() if ".1" not in key}
@@ -164,6 +174,64 @@ def test_where_timm_loads_the_file_the_advice_says_timm(tmp_path):
         with pytest.raises(CheckpointError) as caught:  # what was given is not asked for
             network_from_file(tmp_path / "file.pth", arch="vit_tiny", patch_size=16)
         assert "pass its --arch" not in str(caught.value)
+
+
+# ---- positions on other grids than squares ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "options"),
+    [
+        (4, 6, {}),  # 25 positions: a square
+        (3, 5, {"reg_tokens": 4}),  # registers with positions
+        (2, 8, {"no_embed_class": True}),  # 16 positions: a square
+        (5, 3, NO_CLASS),
+        (2, 8, {}),  # 17 positions: a square and one more
+    ],
+)
+def test_a_grid_that_is_no_square_is_read_where_it_is_told_or_recorded(tmp_path, rows, columns, options):
+    size = (8 * rows, 8 * columns)
+    theirs = timm_vit(img_size=size, **options)
+    wanted = {"img_size": size}
+    for content, told in (
+        (theirs.state_dict(), {"grid": (rows, columns)}),
+        ({"state_dict": theirs.state_dict(), "args": wanted}, {}),
+        ({"state_dict": theirs.state_dict(), "args": {"img_size": None, "input_size": (3, *size)}}, {}),
+    ):
+        network = read(tmp_path, content, **told)
+        assert error(network, theirs, size) < 1e-5 and "--grid" not in network.report.assumed
+    torch.save(network.model.state_dict(), tmp_path / "ours.pth")  # which says its grid itself
+    assert error(network_from_file(tmp_path / "ours.pth"), theirs, size) < 1e-5
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_x", "model_args": wanted}))
+    torch.save(theirs.state_dict(), tmp_path / "file.pth")
+    if options.get("global_pool") != "avg":
+        assert error(network_from_file(tmp_path / "file.pth"), theirs, size) < 1e-5
+
+
+def test_a_grid_that_nothing_tells_is_refused_or_said_to_be_assumed(tmp_path, monkeypatch, capsys):
+    for options in (
+        {"img_size": (32, 48)},
+        {"no_embed_class": True},
+        {"img_size": (24, 40)},
+        NO_CLASS | {"img_size": (24, 40)},
+    ):
+        with pytest.raises(CheckpointError, match=r"positions are of a grid that nothing tells.*pass --grid ROWS COL"):
+            read(tmp_path, timm_vit(**options).state_dict())
+    with pytest.raises(CheckpointError, match=r"--grid 4 5: it holds 15 positions, .* leave -5 for 0 class tokens"):
+        network_from_file(tmp_path / "file.pth", grid=(4, 5))
+    network = read(tmp_path, timm_vit(img_size=(16, 64)).state_dict())
+    assert "positions 4 x 4 (--grid)" in network.report.assumed
+    usual = timm_vit(img_size=224, patch_size=32, no_embed_class=True)  # as DeiT III's
+    network = read(tmp_path, usual.state_dict())
+    assert error(network, usual, 224) < 1e-5 and "positions 7 x 7 (--grid)" in network.report.assumed
+    torch.save(timm_vit(img_size=(32, 48)).state_dict(), tmp_path / "file.pth")
+    for options, code, words in (
+        (["--grid", "4", "6"], 0, "4 x 6 positions (32 x 48 px)"),
+        ([], 2, "--grid ROWS COLUMNS"),
+        (["--arch", "vit_micro", "--patch_size", "8"], 1, "--grid ROWS COLUMNS"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["checkpoints", str(tmp_path / "file.pth"), *options])
+        assert main() == code and words in capsys.readouterr().out
 
 
 # ---- other networks -------------------------------------------------------------------------------------------------
@@ -215,6 +283,14 @@ def test_hugging_faces_deit_and_swin_are_read(tmp_path):
 
 
 def test_shards_of_fsdp_are_named(tmp_path):
+    from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+
+    with pytest.raises(CheckpointError, match=r"one process's shard .*FULL_STATE_DICT"):
+        read(tmp_path, {"cls_token": ShardedTensor})  # as FSDP's SHARDED_STATE_DICT and LOCAL_STATE_DICT name it
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / ".metadata").touch()
+    with pytest.raises(CheckpointError, match="format_utils dcp_to_torch"):
+        network_from_file(tmp_path / "shards")
     with pytest.raises(CheckpointError, match="FULL_STATE_DICT"):
         read(
             tmp_path, prefixed("_fsdp_wrapped_module.", {"flat_param": torch.zeros(9), "a.flat_param": torch.zeros(9)})
