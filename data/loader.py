@@ -24,8 +24,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data import waiting
 from data.datasets import BadImage, Source
-from data.device import normalise as normalise
-from data.device import to_device_ahead as to_device_ahead
 from data.repeated import REPEATS, RepeatedOrder, images_used
 from randomness import Permutation, counted_uniforms
 from utils import EXIT_REQUEUE, RunStopped, UsageError, World, log, usable_cpus

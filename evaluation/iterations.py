@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from data.loader import TrainLoader, steps_per_epoch, to_device_ahead
+from data.device import to_device_ahead
+from data.loader import TrainLoader, steps_per_epoch
 from evaluation.run import Run, notes, refuse_another_run, save_run, take_notes, tell_replaced
 from models.safe_load import load_file
 from utils import RunStopped, all_reduce_sum, barrier, log, world_size

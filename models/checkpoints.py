@@ -27,8 +27,6 @@ from models.layouts.names import State, to_timm
 from models.layouts.positions import Grid, grid_of
 from models.layouts.shapes import NAME_OF_SHAPE, advice, arch_of, describe, gated_mlp, remedy, vit_arguments
 from models.matching import Report, fit, load_tensors
-from models.matching import compare as compare
-from models.matching import load_backbone as load_backbone
 from models.reading import Info, read_backbone
 from models.safe_load import CheckpointError
 from models.vit import Variant, VisionTransformer

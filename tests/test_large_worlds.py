@@ -5,7 +5,8 @@ import torch
 from torch.distributed.utils import _recursive_to
 
 import main_pretrain
-from data.loader import TrainLoader, to_device_ahead
+from data.device import to_device_ahead
+from data.loader import TrainLoader
 from methods import METHODS
 from simulation.gpu import fake_world
 from tests.fake_cuda import RECIPES, SMALL

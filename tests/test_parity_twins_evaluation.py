@@ -16,7 +16,7 @@ from PIL import Image, ImageEnhance
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from data.loader import normalise
+from data.device import normalise
 from data.preprocess import MEAN, STD, eval_transform
 from data.views import MultiCropViews, seeded_generators
 from evaluation.linear_heads import LinearHeads, Probe, Recipe, saved_heads

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models.checkpoints import load_tensors
+from models.matching import load_tensors
 from models.reading import read_backbone
 from tests.parity import find_runner, judge
 from tests.parity.networks import build_vit

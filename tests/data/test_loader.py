@@ -10,7 +10,8 @@ import torch
 from torchvision import transforms
 
 from data.datasets import BadImage, Source, open_source
-from data.loader import MAX_ATTEMPTS, TrainLoader, normalise, stack, steps_per_epoch, to_device_ahead
+from data.device import normalise, to_device_ahead
+from data.loader import MAX_ATTEMPTS, TrainLoader, stack, steps_per_epoch
 from data.preprocess import MEAN, STD
 from data.views import MultiCropViews
 from randomness import Permutation

@@ -10,7 +10,8 @@ from PIL import Image
 
 from data.augment import CropRecipe, crop_uniforms, draw_crop
 from data.augmented import Original
-from data.loader import TrainLoader, normalise, to_device_ahead
+from data.device import normalise, to_device_ahead
+from data.loader import TrainLoader
 from data.mugs_views import MugsViews, erase_
 from data.preprocess import MEAN, STD
 from data.randaugment import Operation, carry_out

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as F
 
 from data import unic_views
 from data.augment import Box, Crop, crop_uniforms, draw_crop
-from data.loader import normalise
+from data.device import normalise
 from data.preprocess import MEAN, STD
 from data.unic_views import UNICViews, render_floats, render_levels
 from data.views import seeded_generators

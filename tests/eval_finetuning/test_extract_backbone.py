@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from eval_finetuning.extract_backbone_weights_for_finetuning import main
-from models.checkpoints import load_tensors
 from models.layouts.shapes import swin_arguments, vit_arguments
+from models.matching import load_tensors
 from models.reading import read_backbone
 from models.swin import SwinTransformer
 from models.vit import VisionTransformer

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import main_pretrain
-from data.loader import TrainLoader, to_device_ahead
+from data.device import to_device_ahead
+from data.loader import TrainLoader
 from methods import METHODS, method_class
 from tests.fake_cuda import RECIPES
 from training.options import check_options, parse_options

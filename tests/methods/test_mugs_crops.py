@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 import pytest
 
-from data.loader import normalise
+from data.device import normalise
 from data.mugs_views import MugsViews
 from data.pictures import HIDDEN
 from methods.mugs_crops import add_mugs_crop_arguments, check_mugs_crop_arguments, crops_picture, mugs_views

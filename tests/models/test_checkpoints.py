@@ -14,10 +14,11 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 
 from models import SWIN, build_backbone, swin, vit
 from models.blocks import SwiGLU
-from models.checkpoints import load_backbone, load_tensors, main, network_from_file, weights_hash
+from models.checkpoints import main, network_from_file, weights_hash
 from models.layouts.names import to_timm
 from models.layouts.shapes import NAME_OF_SHAPE, SWIN_OF_SHAPE, describe, nearest_layout, swin_arguments, vit_arguments
 from models.layouts.table import recorded_arguments, recorded_image_size
+from models.matching import load_backbone, load_tensors
 from models.reading import read_backbone
 from models.safe_load import CheckpointError, load_file
 from models.vit import Variant, VisionTransformer

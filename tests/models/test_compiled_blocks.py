@@ -6,7 +6,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import main_pretrain
-from data.loader import normalise, stack
+from data.device import normalise
+from data.loader import stack
 from evaluation.features import class_token, evaluating
 from methods import method_class
 from methods.base import Clock

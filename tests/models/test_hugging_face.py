@@ -9,8 +9,9 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
-from models.checkpoints import load_tensors, main, network_from_file
+from models.checkpoints import main, network_from_file
 from models.layouts.shapes import vit_arguments
+from models.matching import load_tensors
 from models.reading import read_backbone
 from models.safe_load import CheckpointError
 from models.vit import Variant, VisionTransformer

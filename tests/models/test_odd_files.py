@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoints import load_backbone, main
+from models.checkpoints import main
+from models.matching import load_backbone
 from models.safe_load import CheckpointError
 from models.vit import VisionTransformer
 from utils import UsageError

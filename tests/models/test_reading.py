@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from models.checkpoints import load_backbone
+from models.matching import load_backbone
 from models.reading import choose_tensors, read_backbone
 from models.safe_load import CheckpointError
 from tests.models.test_checkpoints import refusal, saved, tiny

@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from data import augment
-from data.loader import normalise
+from data.device import normalise
 from data.views import MultiCropViews, seeded_generators
 from tests.parity import Case
 from tests.parity.preprocess import every_nth

@@ -11,9 +11,9 @@ from evaluation.classifier import combine
 from evaluation.features import Feature, class_token
 from evaluation.linear_heads import heads_of
 from evaluation.retrieval import multiscale
-from models.checkpoints import compare, load_tensors
 from models.layouts.names import plain_name
 from models.layouts.table import LAYOUTS
+from models.matching import compare, load_tensors
 from models.reading import DEFAULT_KEY, choose_tensors, read_backbone
 from models.safe_load import load_file
 from tests.parity import Case

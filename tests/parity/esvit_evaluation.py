@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data.augment import Box, Crop, render_pil
-from data.loader import normalise
+from data.device import normalise
 from data.preprocess import eval_transform
 from evaluation.knn import class_votes, knn_classify, neighbours_in_chunks
 from evaluation.linear_heads import LinearHeads, Probe, Recipe, cosine_factor

@@ -21,7 +21,7 @@ from evaluation.linear_heads import (
     saved_heads,
 )
 from evaluation.linear_run import SWEEPS
-from models.checkpoints import load_tensors
+from models.matching import load_tensors
 from models.reading import read_backbone
 from models.safe_load import load_file
 from tests.parity import Case

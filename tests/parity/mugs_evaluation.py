@@ -10,7 +10,7 @@ from evaluation.features import NORMALISED_MEAN, Feature, class_token
 from evaluation.retrieval import multiscale
 from methods.memory import Memory
 from methods.mugs import Mugs
-from models.checkpoints import load_tensors
+from models.matching import load_tensors
 from models.reading import read_backbone
 from models.safe_load import load_file
 from models.vit import VisionTransformer

@@ -24,7 +24,7 @@ from evaluation.robustness import (
     shuffled,
     visible,
 )
-from models.checkpoints import load_tensors
+from models.matching import load_tensors
 from models.reading import read_backbone
 from models.safe_load import load_file
 from tests.parity import Case

@@ -10,7 +10,7 @@ from evaluation.features import Feature
 from methods.esvit import RegionNetwork, names_of_ours
 from methods.heads import DINOHead
 from models import build_backbone
-from models.checkpoints import load_backbone
+from models.matching import load_backbone
 from models.swin import DEFAULT_DROP_PATH, SwinTransformer, relative_position_index, shift_mask
 from tests.parity import Case
 from tests.parity.constants import constants_of_norms

@@ -10,7 +10,7 @@ from evaluation.features import Feature, class_token, pool_tokens
 from evaluation.knn import class_votes, knn_classify, neighbours_in_chunks
 from evaluation.linear_heads import MOMENTUM, LinearHeads, Probe, Recipe, cosine_factor
 from models.adapt import select_class_tokens
-from models.checkpoints import load_tensors
+from models.matching import load_tensors
 from models.reading import read_backbone
 from models.safe_load import load_file
 from models.vit import VisionTransformer

@@ -8,7 +8,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data.augment import Box, Crop
-from data.loader import normalise
+from data.device import normalise
 from data.preprocess import MEAN, STD, eval_transform
 from data.unic_views import coloured, render_floats, render_levels, smoothed
 from tests.parity import Case

@@ -7,10 +7,10 @@ import torch
 
 from evaluation.zero_shot import LOGIT_SCALE, class_logits, read_projection
 from models.blocks import Block
-from models.checkpoints import load_tensors
 from models.layouts.clip import from_open_clip
 from models.layouts.shapes import vit_arguments
 from models.layouts.table import CHUNKED
+from models.matching import load_tensors
 from models.reading import read_backbone
 from models.stochastic_depth import BatchDraws, kept_samples
 from models.teacher_space import EPS, unstandardised
