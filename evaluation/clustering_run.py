@@ -18,6 +18,7 @@ from evaluation.clustering import (
     fowlkes_mallows,
     normalized_mutual_information,
 )
+from evaluation.confidence import interval_of
 from evaluation.features import class_token, evaluating, extract_features, labels_of
 from evaluation.images import check_finite, settled, test_place
 from evaluation.kmeans import kmeans
@@ -53,9 +54,16 @@ def cluster(args: argparse.Namespace, world: World, append: bool) -> None:
     values = {name: 100 * float(measure(table)) for name, measure in MEASURES.items()}
     used, classes = len(table.cluster_sizes), len(table.class_sizes)
     log.info(f"{len(labels)} images, {classes} classes, {used} clusters that are used; an image's cluster: {how}")
-    log.info(", ".join(f"{name} {value:.2f}" for name, value in values.items()))
+    sure = interval_of(values["ACC"], len(labels))  # of the images; which cluster is which class stays as it is
+    log.info(", ".join(f"{name} {value:.2f}" for name, value in values.items()) + f" ({sure})")
     if world.rank == 0:
-        numbers = values | {"clusters": used, "classes": classes, "images": len(labels), "assigned_by": how}
+        numbers = values | {
+            "ACC_interval": list(sure),
+            "clusters": used,
+            "classes": classes,
+            "images": len(labels),
+            "assigned_by": how,
+        }
         unreadable = {"train": 0, "test": len(source) - len(kept)}
         write_result(args, "eval_clustering", network, source.name, unreadable, numbers, append)
 

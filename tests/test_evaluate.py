@@ -146,7 +146,7 @@ def test_two_processes_write_what_one_does(scripts, tmp_path):
 def test_bad_input_ends_in_one_line_before_anything_is_computed(scripts, tmp_path):
     path = run_of(tmp_path / "ours", 1)
     refused = lambda *more: scripts.refused(evaluate.main, *more, "--output_dir", tmp_path / "out")  # noqa: E731
-    assert "--protocols kn: there are finetuning, knn, linear, " in refused("--checkpoints", path, "--protocols", "kn")
+    assert "--protocols kn: there are clustering, " in refused("--checkpoints", path, "--protocols", "kn")
     one = ("--checkpoints", path)
     assert "did you mean --nb_knn?" in refused(*one, "--with", "knn", "--nb_kn 3")
     assert "--with knn 'x: No closing quotation" in refused(*one, "--with", "knn", "'x")

@@ -78,6 +78,8 @@ def test_clusters_are_compared_with_classes(scripts, tmp_path):
     said = scripts.run(main, *common)
     found = scripts.result("eval_clustering")
     assert found["assigned_by"] == "the best of 7 prototypes" and found["images"] == 24 and "NMI" in said
+    low, high = found["ACC_interval"]
+    assert low < found["ACC"] < high and f"95 %: {low:.2f} to {high:.2f}" in said
     scripts.run(main, *common, "--assign", "kmeans")
     means = scripts.result("eval_clustering")
     assert means["clusters"] == means["classes"] == 4 and means["ACC"] > 40 and means["ARI"] > 10
