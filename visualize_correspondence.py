@@ -36,7 +36,7 @@ from evaluation.correspondence import (
 )
 from evaluation.features import evaluating
 from evaluation.images import test_place
-from evaluation.network import add_network_arguments, network_from_options, parse_network_args
+from evaluation.network import add_network_arguments, network_from_options, parse_network_args, second_network
 from models.checkpoints import Network
 from randomness import counted_seed
 from utils import Parser, UsageError, World, bool_flag, check_writable, escape, init_world, log, make_folder, run_cli
@@ -169,9 +169,7 @@ def sample(args: argparse.Namespace, network: Network, world: World) -> None:
     source = images_of(args)
     looking = network.model if hasattr(network.model, "get_last_selfattention") else None
     if args.attention_weights:
-        options = {name: None for name in ("arch", "patch_size", "window_size", "num_heads", "act")}
-        options |= {"pretrained_weights": args.attention_weights, "checkpoint_key": "teacher"}
-        looking = network_from_options(argparse.Namespace(**options)).model.to(world.device).eval()
+        looking = second_network(args.attention_weights).model.to(world.device).eval()
     make_folder(Path(args.output_dir))
     options = {"kind": args.sample_type, "size": args.img_size, "topk": args.topk, "radius": args.eval_radius}
     options |= {"seed": args.seed, "most": args.show_pics, "draw": True, "with_attention": args.show_with_attn}

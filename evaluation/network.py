@@ -15,6 +15,8 @@ from models.esvit_configs import words_of
 from models.teacher_space import teacher_space_from_file
 from utils import BACKENDS, Parser, UsageError, log
 
+ASKED = ("arch", "patch_size", "window_size", "num_heads", "act", "grid")  # what options may say of a network in a file
+
 
 def add_network_arguments(parser: argparse._ActionsContainer) -> None:
     """The options by which every evaluation is told what to look at, named as in the originals."""
@@ -146,6 +148,12 @@ def of_every_key(args: argparse.Namespace) -> Iterator[tuple[argparse.Namespace,
         yield argparse.Namespace(**{**vars(args), "checkpoint_key": key}), number > 0
 
 
+def second_network(path: str, checkpoint_key: str = "teacher", **asked: object) -> Network:
+    """Another network that an evaluation looks at, from a file of its own; of ASKED what is not given is left to it."""
+    told = dict.fromkeys(ASKED) | {"pretrained_weights": path, "checkpoint_key": checkpoint_key} | asked
+    return network_from_options(argparse.Namespace(**told))
+
+
 def network_from_options(args: argparse.Namespace) -> Network:
     """The network that ``add_network_arguments`` describes; says loudly when its weights are random (seed 0)."""
     head = getattr(args, "apply_head", None)  # of evaluations that read features
@@ -153,9 +161,7 @@ def network_from_options(args: argparse.Namespace) -> Network:
         raise UsageError(f"--apply_head {head}: names a part of a checkpoint; pass it as --pretrained_weights")
     if args.pretrained_weights:
         where = (args.pretrained_weights, args.checkpoint_key)
-        asked = {
-            name: getattr(args, name) for name in ("arch", "patch_size", "window_size", "num_heads", "act", "grid")
-        }
+        asked = {name: getattr(args, name) for name in ASKED}
         network = network_from_file(*where, **asked) if head is None else teacher_space_from_file(*where, head, **asked)
         info = network.report.info
         log.info(f"{info.path}: {info.layout.name}, {network.label if head else network.arch}: {network.report}")

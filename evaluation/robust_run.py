@@ -18,7 +18,7 @@ from evaluation.classifier import classifier_from_options
 from evaluation.confidence import interval_of
 from evaluation.features import evaluating, labels_of, rows_of_images
 from evaluation.images import settled, test_place
-from evaluation.network import network_from_options
+from evaluation.network import second_network
 from evaluation.results import write_result
 from evaluation.robustness import (
     OFFSET,
@@ -119,9 +119,8 @@ def attentive_network(args: argparse.Namespace, trial: Trial, published: str) ->
     if not args.attention_weights:
         log.warning(f"warning: no --attention_weights: the network's own attention is taken; published is {published}")
         return trial.network.model
-    options = {"pretrained_weights": args.attention_weights, "checkpoint_key": args.attention_key}
-    options |= {"arch": args.attention_arch, "patch_size": args.attention_patch_size, "window_size": None}
-    network = network_from_options(argparse.Namespace(**options, num_heads=None, act=None))
+    asked = {"arch": args.attention_arch, "patch_size": args.attention_patch_size}
+    network = second_network(args.attention_weights, args.attention_key, **asked)
     return network.model.to(trial.world.device).eval().requires_grad_(False)
 
 
