@@ -132,7 +132,7 @@ class TrainLoader:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         died = ""
         watched = self.dataset.reading, "the loading of images", self.stop_requested
-        watcher = None if self.num_workers else waiting.watch(*watched)
+        end = None if self.num_workers else waiting.watch(*watched)
         try:
             while (piece := self._next(pieces)) is not None:
                 yield _checked(piece)
@@ -141,8 +141,8 @@ class TrainLoader:
                 raise
             died = ", ".join(_ending(worker.exitcode) for worker in workers if worker.exitcode) or "without a signal"
         finally:
-            if watcher is not None:
-                watcher.set()
+            if end is not None:
+                end()
         if died:
             del pieces  # ends the remaining workers, which the error's traceback would keep
             raise UsageError(

@@ -39,14 +39,22 @@ class Reading:
             self.now = None
 
 
-def watch(reading: Reading, who: str, stop_requested: Callable[[], bool] = lambda: False) -> threading.Event:
-    """Start a thread that tells once for every image for which ``who`` has waited PATIENCE; the event ends it.
+def watch(reading: Reading, who: str, stop_requested: Callable[[], bool] = lambda: False) -> Callable[[], None]:
+    """Start a thread that tells once for every image for which ``who`` has waited PATIENCE. What is returned ends it.
 
     It ends the process where ``stop_requested`` says so and one image has not come for GRACE since.
     """
     ended = threading.Event()
-    threading.Thread(target=_tell, args=(reading, who, stop_requested, ended), daemon=True).start()
-    return ended
+    thread = threading.Thread(target=_tell, args=(reading, who, stop_requested, ended), daemon=True)
+    thread.start()
+
+    def end() -> None:
+        """Also waits for it: a thread that ends while Python does can abort the process."""
+        ended.set()
+        if threading.current_thread() is not thread:  # which may be the one that collects garbage
+            thread.join()
+
+    return end
 
 
 def watch_worker(worker: int) -> None:

@@ -234,15 +234,15 @@ def batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=waiting.watch_worker,
     )
-    watcher = None if loader.num_workers else waiting.watch(dataset.reading, "the loading of images")
+    end = None if loader.num_workers else waiting.watch(dataset.reading, "the loading of images")
     try:
         for batch_indices, images, bad in loader:
             unreadable += [Unreadable(*image) for image in bad]
             if images is not None:
                 yield batch_indices, images.to(device, non_blocking=True)
     finally:
-        if watcher is not None:
-            watcher.set()
+        if end is not None:
+            end()
     unreadable[:] = sorted(image for part in all_gather_objects(unreadable) for image in part)
 
 

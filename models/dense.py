@@ -84,9 +84,8 @@ def lay_out(network: VisionTransformer, rows: int, columns: int) -> None:
 def without_class_tokens(network: VisionTransformer) -> VisionTransformer:
     """The same network of patches alone, as UDI's detectors have it; its class tokens' positions go with them."""
     bare = copy.deepcopy(network)
-    dim = bare.embed_dim
     bare.pos_embed = nn.Parameter(bare.pos_embed.detach()[:, bare.num_class_tokens :].clone())
-    bare.cls_token = nn.Parameter(bare.cls_token.new_zeros(1, 0, dim), requires_grad=False)
+    bare.cls_token = None
     bare.num_class_tokens = 0
     return bare
 

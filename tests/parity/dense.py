@@ -1,5 +1,6 @@
 """Runners: what detectors and segmenters see of a vision transformer."""
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -16,13 +17,12 @@ from tests.parity.tolerance import EXACT, Tolerance
 def built(case: Case, state: State, grid: tuple[int, int], blocks: list[int], norm: bool) -> DenseBackbone:
     """The adapter around a network with these positions, class tokens or none, filled with ``state``."""
     p, (dim, _, patch, _) = case.params, state["patch_embed.proj.weight"].shape
-    state = {"cls_token": torch.zeros(1, 0, dim, dtype=case.dtype), "norm.weight": torch.ones(dim)} | state
-    state = {"norm.bias": torch.zeros(dim)} | state
+    state = {"norm.weight": torch.ones(dim), "norm.bias": torch.zeros(dim)} | state
     shape = {"patch_size": patch, "embed_dim": dim, "img_size": patch, "depth": p["depth"]}
-    heads, classes = p.get("num_heads", p.get("heads")), state["cls_token"].shape[1]
+    heads, classes = p.get("num_heads", p.get("heads")), state["cls_token"].shape[1] if "cls_token" in state else 0
     network = VisionTransformer(**shape, num_heads=heads, num_class_tokens=classes, norm_eps=p.get("ln_eps", 1e-6))
     network.pos_embed = nn.Parameter(state["pos_embed"])
-    network.grid = grid if grid[0] != grid[1] else None
+    network.grid = grid
     model = DenseBackbone(network, blocks, norm).to(case.dtype).eval()
     fpn = re.compile(r"fpn\d\.")
     model.load_state_dict({n if fpn.match(n) else f"network.{n}": tensor for n, tensor in state.items()})
@@ -45,7 +45,9 @@ def mugs(case: Case) -> Iterator[tuple]:
                 yield output, computed[kind][int(level)], case.arrays[output]
     network = model.network
     for learnt in case.names("in.pos_ckpt"):
-        network.pos_embed, network.grid = nn.Parameter(case.tensor(learnt)), None
+        positions = case.tensor(learnt)
+        side = math.isqrt(positions.shape[1] - network.num_class_tokens)
+        network.pos_embed, network.grid = nn.Parameter(positions), (side, side)
         lay_out(network, *grid)
         yield "out.pos_resized", network.pos_embed, case.arrays["out.pos_resized"]
     decay = p.get("layer_decay", {"table": []})
