@@ -122,9 +122,6 @@ def eurosat(root: Path, split: str, seed: int) -> Listing:
     return Listing(names, labels, classes)
 
 
-PETS_IMAGES = 7_390
-
-
 def pets(root: Path, split: str, seed: int = 0) -> Listing:
     path = root / "annotations" / f"{split}.txt"
     rows = [line.split() for line in lines_of(path) if not line.startswith("#")]

@@ -49,12 +49,6 @@ def matched_within(found: torch.Tensor, true: torch.Tensor, columns: int, radius
     return torch.maximum(down, (found % columns - true % columns).abs()) <= radius
 
 
-def mutual(tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Which tokens are also the best match of what they match: bool (batch, tokens)."""
-    there, back = best_matches(tokens, others), best_matches(others, tokens)
-    return back.gather(-1, there) == torch.arange(tokens.shape[-2], device=tokens.device)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # An image and its mirror image
 # ---------------------------------------------------------------------------------------------------------------------

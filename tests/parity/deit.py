@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data.labelled_files import flowers
-from data.repeated import RepeatedOrder, repeated_indices
+from data.repeated import RepeatedOrder, images_used
 from evaluation.deit import distilled, lagged_rates
 from evaluation.finetune_steps import Stepper, soft_cross_entropy, weight_average
 from models.adapt import load_to_finetune
@@ -20,26 +20,20 @@ from tests.parity import Case
 from utils import cosine_scheduler
 
 
-def shared_order(images: int, world: int, rank: int, epoch: int, taken: int) -> np.ndarray:
-    """What ``rank`` sees of the order of all processes that the training goes by."""
-    return RepeatedOrder(images, epoch)[rank + world * np.arange(taken)]
+def seen_by(images: int, epoch: int, world: int, rank: int) -> np.ndarray:
+    """What a process sees of the order of all processes that the training goes by."""
+    return RepeatedOrder(images, epoch)[rank + world * np.arange(images_used(images) // world)]
 
 
 def sampler_of_arguments(case: Case) -> Iterator[tuple]:
     for label in case.names("out/indices"):
         given = case.value(f"args{label.removeprefix('out/indices')}")
-        found = repeated_indices(given["n"], given["epoch"], given["world"], given["rank"])
-        yield label, found, case.arrays[label]
-        yield (
-            f"{label} in the training",
-            shared_order(given["n"], given["world"], given["rank"], given["epoch"], len(found)),
-            case.arrays[label],
-        )
+        yield label, seen_by(given["n"], given["epoch"], given["world"], given["rank"]), case.arrays[label]
 
 
 def sampler_of_runs(case: Case) -> Iterator[tuple]:
     for run in case.params["runs"]:
-        found = repeated_indices(run["len"], run["epoch"], run["replicas"], run["rank"])
+        found = seen_by(run["len"], run["epoch"], run["replicas"], run["rank"])
         where = f"of {run['len']}, rank {run['rank']} of {run['replicas']}, epoch {run['epoch']}"
         yield f"sum {where}", int(found.sum()), run["sum"]
         yield f"sum {where}, how many", len(found), run["len_sampler"]
@@ -157,7 +151,7 @@ def semi_and_transfer(case: Case) -> Iterator[tuple]:
             yield label, lagged_rates(lr, epochs, warmup_epochs, warmup_lr, min_lr), case.arrays[label]
         else:
             n, world, rank, epoch = map(int, re.fullmatch(r"ra/n(\d+)_w(\d+)_r(\d+)_e(\d+)", label).groups())
-            yield label, repeated_indices(n, epoch, world, rank), case.arrays[label]
+            yield label, seen_by(n, epoch, world, rank), case.arrays[label]
 
 
 def tables(case: Case) -> Iterator[tuple]:
@@ -188,7 +182,7 @@ def tables(case: Case) -> Iterator[tuple]:
         found = [rates[epoch] for epoch in c["epoch_index"]]
         yield f"epoch_cosine_semi_transfer {name}", found, c["lr_used_during_epoch"], near
     for number, run in enumerate(case.arrays["repeated_aug_sampler"]):
-        found = repeated_indices(run["dataset_len"], run["epoch"], run["world"], run["rank"])
+        found = seen_by(run["dataset_len"], run["epoch"], run["world"], run["rank"])
         parts = {"first": found[: len(run["first"])], "last": found[-len(run["last"]) :], "sum": int(found.sum())}
         for part, value in (parts | {"num_selected": len(found)}).items():
             yield f"repeated_aug_sampler {number}, {part}", value, run[part]
