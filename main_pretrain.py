@@ -200,7 +200,8 @@ def train(run: Run, knn: OnlineKNN) -> None:
         return
     run.consensus.listen()
     pieces = device_pieces(run, first_epoch, step)
-    pieces = itertools.chain([next(pieces)], pieces)  # where images cannot be read, nothing is written
+    # the first one before anything is written, since images may be unreadable; none where only a test is left
+    pieces = itertools.chain(list(itertools.islice(pieces, 1)), pieces)
     run.monitor.open(first_epoch, step)
     began = time.monotonic()
     for epoch in range(first_epoch, args.epochs):

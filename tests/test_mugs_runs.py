@@ -125,14 +125,18 @@ def test_killed_while_it_saves_within_an_epoch_and_continued_ends_with_the_same_
     assert_same_notes(uninterrupted, tmp_path)
 
 
-def test_stopped_in_the_online_test_and_continued_ends_with_the_same_bits(images, uninterrupted, tmp_path, monkeypatch):
+@pytest.mark.parametrize("epoch", [0, 1], ids=["the first epoch's", "the last epoch's, behind which no step is left"])
+def test_stopped_in_the_online_test_and_continued_ends_with_the_same_bits(
+    images, uninterrupted, tmp_path, monkeypatch, epoch
+):
     options = {"output_dir": tmp_path, "data_path": images, **MUGS}
     with monkeypatch.context() as patch:
-        patch.setattr(OnlineKNN, "due", lambda self, epoch: epoch == 0)
+        patch.setattr(OnlineKNN, "due", lambda self, now: now == epoch)
         patch.setattr(OnlineKNN, "__call__", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_here(monkeypatch, **options)
-    assert load(tmp_path)["tutelage"]["step"] == 5
+    state = load(tmp_path)
+    assert (state["epoch"], state["tutelage"]["step"]) == (epoch, 5)
     run_here(monkeypatch, **options)
     assert_same_run(uninterrupted, tmp_path)
     assert_same_notes(uninterrupted, tmp_path)
