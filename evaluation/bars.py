@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from evaluation.charts import round_step
+
 COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0))  # Okabe and Ito
 INK, SOFT, GRID = (35, 38, 43), (110, 116, 125), (228, 231, 235)
 SCALE = 3  # drawn so much larger, then reduced: smooth edges
@@ -28,7 +30,8 @@ def bar_chart(
     canvas.text((LEFT, 24), title, 19, INK, "lm")
     canvas.text((LEFT, 47), subtitle, 13, SOFT, "lm")
     canvas.legend(series)
-    decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0])))
+    step = ticks[1] - ticks[0]
+    decimals = next(digits for digits in range(9) if math.isclose(step, round(step, digits)))
     for tick in ticks:
         zero = abs(tick) < 1e-9
         canvas.line(tick, SOFT if zero else GRID, 1.6 if zero else 1)
@@ -50,9 +53,7 @@ def bar_chart(
 def ticks_over(low: float, high: float) -> list[float]:
     """Round numbers around ``low`` to ``high``, with room for a label beyond both ends; the last are the ends."""
     span = max(high - low, 1e-3)
-    rough = span / TICKS
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    step = round_step(span / TICKS)
     room = 0.12 * span
     first = math.floor((low - room * (low < 0)) / step)
     last = max(first + 1, math.ceil((high + room * (high > 0)) / step))

@@ -15,11 +15,15 @@ def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
+def round_step(least: float) -> float:
+    """The smallest round distance of ticks that is not below ``least``."""
+    power = 10 ** math.floor(math.log10(least))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * 0.999)
+
+
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers in [low, high]."""
-    raw = (high - low) / about
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    step = round_step((high - low) / about)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
